@@ -1,0 +1,334 @@
+"""The API: its errors, who is asking, and the six routes."""
+
+import json
+import os
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.routing import APIRoute
+from pydantic import BeforeValidator, TypeAdapter, WithJsonSchema
+from sqlalchemy import Row
+from sqlalchemy.exc import SQLAlchemyError
+from sqlmodel import SQLModel, and_, bindparam, case, delete, func, insert, update
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from db import StartupError, logger, new_session, open_database, reason
+from models import MAX_ID, USER_ID_LENGTH, Error, Status, TaskCreate, TaskPublic, TaskUpdate
+
+TASKS = "/api/{user_id:path}/tasks"  # a user id may contain a slash
+TASK = TASKS + "/{task_id}"
+MAX_BODY = 128 * 1024  # bytes
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Error, "description": "The request is wrong"},
+    401: {"model": Error, "description": "Nobody is authenticated"},
+    404: {"model": Error, "description": "No such task, or somebody else's"},
+    500: {"model": Error, "description": "The database or the server failed"},
+}
+TOO_LARGE: dict[int | str, dict[str, Any]] = {413: {"model": Error, "description": "The body is over 128 KiB"}}
+
+
+def setting(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+class TaskAPI(FastAPI):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Opens the database at startup, or says in one line, not a traceback, why it cannot."""
+        if scope["type"] != "lifespan":
+            return await super().__call__(scope, receive, send)
+        try:
+            with open_database():
+                if origins := setting("ALLOWED_ORIGINS"):
+                    # Outermost: an authentication layer sees no preflight, which has no credentials,
+                    # and browsers may read every error, the layer's own and the 500s included.
+                    self.middleware_stack = CORS(self.build_middleware_stack(), origins)
+                await super().__call__(scope, receive, send)
+        except StartupError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+
+    def openapi(self) -> dict[str, Any]:
+        """Without FastAPI's 422, which is a 400 here, and with the user header while there is one."""
+        document = super().openapi()
+        header = setting("USER_ID_HEADER")
+        for operation in (each for path in document["paths"].values() for each in path.values()):
+            operation["responses"].pop("422", None)
+            operation["security"] = [{"user": []}] if header else []
+        components = document["components"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(unused, None)
+        if header:
+            components["securitySchemes"] = {"user": {"type": "apiKey", "in": "header", "name": header}}
+        return document
+
+
+app = TaskAPI(
+    title="Tasks",
+    version="1.0.0",
+    redirect_slashes=False,
+    redoc_url=None,
+    generate_unique_id_function=lambda route: route.name,
+    responses=ERRORS,
+)
+
+
+class CORS(CORSMiddleware):
+    """Lets pages from `origins`, comma-separated, use all of the API."""
+
+    def __init__(self, app: ASGIApp, origins: str) -> None:
+        super().__init__(
+            app,
+            allow_origins=[origin.strip().rstrip("/") for origin in origins.split(",")],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=list(filter(None, ["Authorization", "Content-Type", setting("USER_ID_HEADER")])),
+            expose_headers=["Location"],
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        return error_response(400, "Origin, method or headers not allowed", {"Vary": "Origin"})
+
+
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status, headers)
+
+
+@app.exception_handler(HTTPException)
+async def http_error(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of one route, and a path has several
+        routes = [route for route in app.routes if isinstance(route, Route)]
+        routes = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
+        headers["Allow"] = ", ".join(sorted({m for route in routes for m in route.methods or ()}))
+    message = "Not found" if error.detail == "Not Found" else error.detail
+    return error_response(error.status_code, message, headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def request_error(request: Request, error: RequestValidationError) -> Response:
+    return error_response(400, "; ".join(sentence(each, request.method) for each in error.errors()))
+
+
+@app.exception_handler(SQLAlchemyError)
+async def database_error(_: Request, error: SQLAlchemyError) -> Response:
+    logger.error("Database unavailable: %s", reason(error))
+    return error_response(500, "Database unavailable")
+
+
+@app.exception_handler(Exception)
+async def unforeseen_error(*_: object) -> Response:
+    return error_response(500, "Internal server error")  # the server logs the cause
+
+
+STRING_ERRORS = {
+    "string_type": "{} must be a string",
+    "string_too_short": "{} cannot be empty",
+    "string_too_long": "{} must be {max_length} characters or less",
+    "string_pattern_mismatch": "{} must not contain NUL characters",
+    "string_unicode": "{} must not contain lone surrogates",
+}
+
+
+def sentence(error: Mapping[str, Any], method: str) -> str:
+    """Says what is wrong, and never what was sent."""
+    kind, field, sent = error["type"], error["loc"][-1], error["input"]
+    if kind == "no_changes":
+        return str(error["msg"])
+    if field == "body":
+        not_json = isinstance(sent, bytes)
+        return "Content-Type must be application/json" if not_json else "Body must be a JSON object"
+    if field == "task_id":
+        return "Task id must be a positive integer"
+    if field == "status":
+        return "Status must be 'incomplete' or 'complete'"
+    if field == "title" and (sent is None or kind in ("missing", "string_too_short")):
+        return "Title is required" if method == "POST" else "Title cannot be empty"
+    return STRING_ERRORS[kind].format(field.capitalize(), **error.get("ctx", {}))
+
+
+class JSONRequest(Request):
+    """A request whose body is JSON as in RFC 8259, in UTF-8 and without NaN, within MAX_BODY."""
+
+    decoder = json.JSONDecoder(parse_constant=int)  # int refuses NaN and Infinity
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        declared, received = int(self.headers.get("content-length", 0)), 0
+        refuse_large(declared)
+        async for chunk in super().stream():
+            received += len(chunk)
+            refuse_large(received)
+            yield chunk
+
+    async def json(self) -> Any:
+        try:
+            return self.decoder.decode((await self.body()).decode())
+        except (ValueError, RecursionError):
+            raise HTTPException(400, "Body must be valid JSON") from None
+
+
+def refuse_large(size: int) -> None:
+    if size > MAX_BODY:
+        raise HTTPException(413, "Body must be 128 KiB or less")
+
+
+class JSONRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JSONRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+app.router.route_class = JSONRoute
+
+
+def authenticated_user(request: Request) -> str | None:
+    """The user that an authentication layer put into `request.state.user_id`; where there is no
+    layer, the value of the header named by USER_ID_HEADER. None for what cannot be a user id."""
+    if hasattr(request.state, "user_id"):
+        user = request.state.user_id
+    else:
+        name = setting("USER_ID_HEADER").lower().encode()
+        values = [value for key, value in request.headers.raw if key == name]
+        # UTF-8, as the path is; other bytes become surrogates, which no path has.
+        user = values[0].decode("utf-8", "surrogateescape") if len(values) == 1 else None
+    if isinstance(user, str) and user.strip() and len(user) <= USER_ID_LENGTH and "\0" not in user:
+        return user
+    return None
+
+
+OwnId = Annotated[
+    str,
+    # Only described, not checked: a path that is not the user's own is a 404, however long.
+    Path(description="Your own user id", json_schema_extra={"minLength": 1, "maxLength": USER_ID_LENGTH}),
+]
+
+
+async def current_user(request: Request, user_id: OwnId) -> str:
+    """The authenticated user, whom the path must name: 401 without one, 404 on another's path."""
+    user = authenticated_user(request)
+    if user is None:
+        raise HTTPException(401, "Authentication required", {"WWW-Authenticate": "Bearer"})
+    if user != user_id:
+        raise HTTPException(404, "Not found")
+    return user
+
+
+def plain_decimal(value: str) -> str:
+    if not (value.isascii() and value.isdecimal()) or value.startswith("0"):
+        raise ValueError
+    return value
+
+
+UserId = Annotated[str, Depends(current_user)]
+TaskId = Annotated[int, Path(ge=1, le=MAX_ID), BeforeValidator(plain_decimal)]
+StatusFilter = Annotated[
+    Status | None,
+    Query(description="Only the tasks with this status"),
+    WithJsonSchema(TypeAdapter(Status).json_schema()),  # a query cannot say null
+]
+
+# Built once, because that costs more than running them. Each starts from the owner.
+tasks = SQLModel.metadata.tables["task"]
+mine = tasks.c.user_id == bindparam("owner")
+this = and_(mine, tasks.c.id == bindparam("task_id"))
+now = func.clock_timestamp()  # now() would date an update that waited for another before it
+
+LIST = tasks.select().where(mine).order_by(tasks.c.id.desc())
+LIST_BY_STATUS = LIST.where(tasks.c.status == bindparam("status"))
+CREATE = insert(tasks).returning(tasks)
+READ = tasks.select().where(this)
+UPDATE = update(tasks).where(this).values(updated_at=now).returning(tasks)
+DELETE = delete(tasks).where(this).returning(tasks.c.id)
+COMPLETE = (
+    update(tasks)
+    .where(this)
+    .values(status="complete", updated_at=case((tasks.c.status == "complete", tasks.c.updated_at), else_=now))
+    .returning(tasks)
+)
+
+ONE, MANY = TypeAdapter(TaskPublic), TypeAdapter(list[TaskPublic])
+
+
+def run(statement: Any, **values: Any) -> Sequence[Row[Any]]:
+    with new_session() as session:
+        found: Sequence[Row[Any]] = session.exec(statement, params=values).all()
+    return found
+
+
+def run_for_one(statement: Any, **values: Any) -> Row[Any]:
+    """The task that the statement found; 404 if it found none, or the task is somebody else's."""
+    found = run(statement, **values)
+    if not found:
+        raise HTTPException(404, "Task not found")
+    return found[0]
+
+
+def answer(shape: TypeAdapter[Any], found: Any, **response: Any) -> Response:
+    """JSON made in the route's own thread; FastAPI would hop to another one for it."""
+    content = shape.dump_json(shape.validate_python(found))
+    return Response(content, media_type="application/json", **response)
+
+
+@app.get(TASKS, response_model=list[TaskPublic])
+def list_tasks(user: UserId, status: StatusFilter = None) -> Response:
+    """Newest first."""
+    if status is None:
+        return answer(MANY, run(LIST, owner=user))
+    return answer(MANY, run(LIST_BY_STATUS, owner=user, status=status))
+
+
+@app.post(TASKS, response_model=TaskPublic, responses=TOO_LARGE, status_code=201)
+def create_task(user: UserId, task: TaskCreate) -> Response:
+    """It starts incomplete. The Location header says where it is."""
+    created = run_for_one(CREATE, user_id=user, title=task.title, description=task.description)
+    location = f"/api/{quote(user, safe='')}/tasks/{created.id}"
+    return answer(ONE, created, status_code=201, headers={"Location": location})
+
+
+@app.get(TASK, response_model=TaskPublic)
+def read_task(user: UserId, task_id: TaskId) -> Response:
+    """Your task; somebody else's does not exist for you."""
+    return answer(ONE, run_for_one(READ, owner=user, task_id=task_id))
+
+
+@app.put(TASK, response_model=TaskPublic, responses=TOO_LARGE)
+def update_task(user: UserId, task_id: TaskId, changes: TaskUpdate) -> Response:
+    """Changes what you send and leaves the rest. A `null` description clears it."""
+    sent = changes.model_dump(exclude_unset=True)
+    return answer(ONE, run_for_one(UPDATE, owner=user, task_id=task_id, **sent))
+
+
+@app.delete(TASK, status_code=204)
+def delete_task(user: UserId, task_id: TaskId) -> None:
+    """For good."""
+    run_for_one(DELETE, owner=user, task_id=task_id)
+
+
+@app.patch(TASK + "/complete", response_model=TaskPublic)
+def complete_task(user: UserId, task_id: TaskId) -> Response:
+    """On a complete task this changes nothing."""
+    return answer(ONE, run_for_one(COMPLETE, owner=user, task_id=task_id))
+
+
+@app.get("/health", include_in_schema=False)
+async def health() -> dict[str, str]:
+    """Asks the database nothing: a sleeping one would be kept awake, and its free hours spent."""
+    return {"status": "ok"}
+
+
+@app.get("/", include_in_schema=False)
+async def home() -> RedirectResponse:
+    return RedirectResponse("/docs")
