@@ -71,7 +71,6 @@ def open_database() -> Iterator[None]:
             max_overflow=0,
             pool_reset_on_return=None,  # autocommit leaves nothing to roll back
             use_native_hstore=False,
-            hide_parameters=True,
         )
         event.listen(engine, "checkout", refuse_dead_connection)
         try:
