@@ -27,13 +27,21 @@ TASKS = "/api/{user_id:path}/tasks"  # a user id may contain a slash
 TASK = TASKS + "/{task_id}"
 MAX_BODY = 128 * 1024  # bytes
 
+
+def error_described(description: str, example: str) -> dict[str, Any]:
+    content = {"application/json": {"example": {"error": example}}}
+    return {"model": Error, "description": description, "content": content}
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Error, "description": "The request is wrong"},
-    401: {"model": Error, "description": "Nobody is authenticated"},
-    404: {"model": Error, "description": "No such task, or somebody else's"},
-    500: {"model": Error, "description": "The database or the server failed"},
+    400: error_described("The request is wrong", "Title is required"),
+    401: error_described("Nobody is authenticated", "Authentication required"),
+    404: error_described("No such task, or somebody else's", "Task not found"),
+    500: error_described("The database or the server failed", "Database unavailable"),
 }
-TOO_LARGE: dict[int | str, dict[str, Any]] = {413: {"model": Error, "description": "The body is over 128 KiB"}}
+TOO_LARGE: dict[int | str, dict[str, Any]] = {
+    413: error_described("The body is over 128 KiB", "Body must be 128 KiB or less")
+}
 
 
 def setting(name: str) -> str:
@@ -72,6 +80,8 @@ class TaskAPI(FastAPI):
 
 app = TaskAPI(
     title="Tasks",
+    description="To-do tasks of many users. The `user_id` in a path is your own: somebody else's path, and "
+    "somebody else's task, do not exist for you. Every error is a sentence, or several joined with `; `.",
     version="1.0.0",
     redirect_slashes=False,
     redoc_url=None,
@@ -287,14 +297,14 @@ def answer(content: bytes, **options: Any) -> Response:
 
 @app.get(TASKS, response_model=list[TaskPublic])
 def list_tasks(user: UserId, status: StatusFilter = None) -> Response:
-    """Newest first."""
+    """Your tasks, newest first."""
     found = run(LIST_BY_STATUS, owner=user, status=status) if status else run(LIST, owner=user)
     return answer(b"[" + b",".join(map(public, found)) + b"]")  # one by one, which leaves no memory behind
 
 
 @app.post(TASKS, response_model=TaskPublic, responses=TOO_LARGE, status_code=201)
 def create_task(user: UserId, task: TaskCreate) -> Response:
-    """It starts incomplete. The Location header says where it is."""
+    """A new task is incomplete. The `Location` header is its address."""
     created = run_for_one(CREATE, user_id=user, title=task.title, description=task.description)
     location = f"/api/{quote(user, safe='')}/tasks/{created.id}"
     return answer(public(created), status_code=201, headers={"Location": location})
@@ -302,26 +312,26 @@ def create_task(user: UserId, task: TaskCreate) -> Response:
 
 @app.get(TASK, response_model=TaskPublic)
 def read_task(user: UserId, task_id: TaskId) -> Response:
-    """Your task; somebody else's does not exist for you."""
+    """One of your tasks."""
     return answer(public(run_for_one(READ, owner=user, task_id=task_id)))
 
 
 @app.put(TASK, response_model=TaskPublic, responses=TOO_LARGE)
 def update_task(user: UserId, task_id: TaskId, changes: TaskUpdate) -> Response:
-    """Changes what you send and leaves the rest. A `null` description clears it."""
+    """Changes what you send and leaves the rest; a `null` description clears it. The last write wins."""
     sent = changes.model_dump(exclude_unset=True)
     return answer(public(run_for_one(UPDATE, owner=user, task_id=task_id, **sent)))
 
 
 @app.delete(TASK, status_code=204)
 def delete_task(user: UserId, task_id: TaskId) -> None:
-    """For good."""
+    """For good: afterwards the task is not found."""
     run_for_one(DELETE, owner=user, task_id=task_id)
 
 
 @app.patch(TASK + "/complete", response_model=TaskPublic)
 def complete_task(user: UserId, task_id: TaskId) -> Response:
-    """On a complete task this changes nothing."""
+    """On a complete task this changes nothing, `updated_at` included. A body is ignored."""
     return answer(public(run_for_one(COMPLETE, owner=user, task_id=task_id)))
 
 

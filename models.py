@@ -59,10 +59,24 @@ class TaskUpdate(SQLModel):
 class TaskPublic(SQLModel):
     """A task, as its owner sees it. Timestamps are in UTC."""
 
+    model_config = {
+        "json_schema_extra": {
+            "example": {
+                "id": 1,
+                "user_id": "alice",
+                "title": "Buy groceries",
+                "description": "Milk, eggs, bread",
+                "status": "incomplete",
+                "created_at": "2026-01-31T08:30:00.123456Z",
+                "updated_at": "2026-01-31T08:30:00.123456Z",
+            }
+        }
+    }
+
     id: int = Field(ge=1, le=MAX_ID)
     user_id: str = Field(min_length=1, max_length=USER_ID_LENGTH)
-    title: Title
-    description: Description | None
+    title: str = Field(max_length=TITLE_LENGTH)
+    description: str | None = Field(max_length=DESCRIPTION_LENGTH)
     status: Status
     created_at: datetime
     updated_at: datetime
