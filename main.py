@@ -2,7 +2,9 @@
 
 import json
 import os
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -50,31 +52,35 @@ def setting(name: str) -> str:
 
 class TaskAPI(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Opens the database at startup, or says in one line, not a traceback, why it cannot."""
+        """Has the database open from startup to shutdown, and starts only with it."""
         if scope["type"] != "lifespan":
-            return await super().__call__(scope, receive, send)
-        try:
-            with open_database():
-                if origins := setting("ALLOWED_ORIGINS"):
-                    # Outermost: an authentication layer sees no preflight, which has no credentials,
-                    # and browsers may read every error, the layer's own and the 500s included.
-                    self.middleware_stack = CORS(self.build_middleware_stack(), origins)
-                await super().__call__(scope, receive, send)
-        except StartupError as error:
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            await super().__call__(scope, receive, send)
+            return
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(open_database())
+            except Exception as error:  # noqa: BLE001 (the server logs it and ends)
+                # Starlette's own lifespan would show a traceback for what one line explains.
+                message = str(error) if isinstance(error, StartupError) else traceback.format_exc()
+                await send({"type": "lifespan.startup.failed", "message": message})
+                return
+            if origins := setting("ALLOWED_ORIGINS"):
+                # Outermost: an authentication layer sees no preflight, which has no credentials,
+                # and browsers may read every error, the layer's own and the 500s included.
+                self.middleware_stack = CORS(self.build_middleware_stack(), origins)
+            await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Without FastAPI's 422, which is a 400 here, and with the user header while there is one."""
         document = super().openapi()
-        header = setting("USER_ID_HEADER")
+        components, header = document["components"], setting("USER_ID_HEADER")
         for operation in (each for path in document["paths"].values() for each in path.values()):
             operation["responses"].pop("422", None)
-            operation["security"] = [{"user": []}] if header else []
-        components = document["components"]
+            if header:
+                operation["security"] = [{"user": []}]
+                components["securitySchemes"] = {"user": {"type": "apiKey", "in": "header", "name": header}}
         for unused in ("HTTPValidationError", "ValidationError"):
             components["schemas"].pop(unused, None)
-        if header:
-            components["securitySchemes"] = {"user": {"type": "apiKey", "in": "header", "name": header}}
         return document
 
 

@@ -1135,6 +1135,14 @@ def test_eight_processes_may_start_at_once_on_an_empty_database(database: Databa
     assert json.loads(done.stdout) == 8 * [0]
 
 
+def test_whatever_fails_at_the_start_ends_it(tmp_path: Path):
+    folder = copy_to(tmp_path / "app")
+    (folder / ".postgres").write_text("where the data should be")
+    with serve(folder=folder) as server:
+        assert server.process.wait(20) == 3
+        assert "FileExistsError" in server.log
+
+
 def test_requests_in_flight_finish_before_the_server_ends(api: API, task, database: Database):
     with serve(DATABASE_URL=database.url, USER_ID_HEADER=HEADER) as server, ThreadPoolExecutor() as pool:
         ending = server.api()
