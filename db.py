@@ -37,11 +37,19 @@ POOL_SIZE = 20
 
 START_PATIENCE = 60  # seconds
 # Answers that waiting does not change. A failed connection has no error code, only this text.
-FINAL = re.compile(r"authentication failed|does not exist|no such (user|database)|no pg_hba|invalid")
+FINAL = re.compile(
+    "(FATAL|ERROR): .*(authentication failed|does not exist|no such (user|database)|no pg_hba.conf entry|unrecognized)"
+    r"|invalid (port|\w+ value)"
+)
 TABLE_LOCK = 0x7461736B  # any number will do that is the same in every process
 
 logger = logging.getLogger("uvicorn.error")
 new_session = sessionmaker(class_=Session)  # bound by open_database
+
+
+def setting(name: str) -> str:
+    """An environment variable without the blanks around it, "" where it is not set."""
+    return os.environ.get(name, "").strip()
 
 
 class StartupError(Exception):
@@ -55,11 +63,11 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def open_database() -> Iterator[None]:
-    """Binds `new_session` to the database of DATABASE_URL, where it creates a missing table.
+    """Loads .env, and binds `new_session` to DATABASE_URL's database, where it creates a missing table.
 
     Raises StartupError where DATABASE_URL is wrong or its database out of reach for START_PATIENCE."""
     load_dotenv(HERE / ".env", interpolate=False)
-    url = os.environ.get("DATABASE_URL", "").strip()
+    url = setting("DATABASE_URL")
     database = embedded_database() if url == "embedded" else nullcontext(parse(url))
     with database as parameters:
         engine = create_engine(
@@ -70,7 +78,7 @@ def open_database() -> Iterator[None]:
             pool_size=POOL_SIZE,
             max_overflow=0,
             pool_reset_on_return=None,  # autocommit leaves nothing to roll back
-            use_native_hstore=False,
+            use_native_hstore=False,  # which would cost a query at the start
         )
         event.listen(engine, "checkout", refuse_dead_connection)
         try:
@@ -111,7 +119,7 @@ def embedded_database() -> Iterator[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    # Its own choice is the data folder, whose path it does not quote.
+    # Its own choice, the data folder, breaks on a space in the path, which it does not quote.
     postgres_server.find_suitable_socket_dir = socket_folder  # type: ignore[attr-defined,assignment]
     data = HERE / ".postgres"
     data.mkdir(exist_ok=True)  # here, because two processes would collide in get_server

@@ -1,7 +1,7 @@
 """The API: its errors, who is asking, and the six routes."""
 
 import json
-import os
+import re
 import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,39 +15,36 @@ from fastapi.routing import APIRoute
 from pydantic import BeforeValidator, TypeAdapter, WithJsonSchema
 from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
-from sqlmodel import SQLModel, and_, bindparam, case, delete, func, insert, update
+from sqlmodel import and_, bindparam, case, delete, func, insert, update
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from db import StartupError, logger, new_session, open_database, reason
-from models import MAX_ID, USER_ID_LENGTH, Error, Status, TaskCreate, TaskPublic, TaskUpdate
+from db import StartupError, logger, new_session, open_database, reason, setting
+from models import MAX_ID, USER_ID_LENGTH, Error, Status, Task, TaskCreate, TaskPublic, TaskUpdate
 
-TASKS = "/api/{user_id:path}/tasks"  # a user id may contain a slash
+TASKS = "/api/{user_id:path}/tasks"  # a user id may hold a slash, so .../tasks/tasks is the list of a user .../tasks
 TASK = TASKS + "/{task_id}"
 MAX_BODY = 128 * 1024  # bytes
 
 
-def error_described(description: str, example: str) -> dict[str, Any]:
+def described(status: int, description: str, example: str) -> dict[int | str, dict[str, Any]]:
+    """An error for the OpenAPI document."""
     content = {"application/json": {"example": {"error": example}}}
-    return {"model": Error, "description": description, "content": content}
+    return {status: {"model": Error, "description": description, "content": content}}
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: error_described("The request is wrong", "Title is required"),
-    401: error_described("Nobody is authenticated", "Authentication required"),
-    404: error_described("No such task, or somebody else's", "Task not found"),
-    500: error_described("The database or the server failed", "Database unavailable"),
-}
-TOO_LARGE: dict[int | str, dict[str, Any]] = {
-    413: error_described("The body is over 128 KiB", "Body must be 128 KiB or less")
-}
-
-
-def setting(name: str) -> str:
-    return os.environ.get(name, "").strip()
+ERRORS = (
+    described(400, "The request is wrong", "Task id must be a positive integer")
+    | described(401, "Nobody is authenticated", "Authentication required")
+    | described(404, "No such task, or not your path", "Not found")
+    | described(500, "The database or the server failed", "Database unavailable")
+)
+NO_STATUS = described(400, "The request is wrong", "Status must be 'incomplete' or 'complete'")
+NO_TITLE = described(400, "The request is wrong", "Title is required")
+TOO_LARGE = described(413, "The body is over 128 KiB", "Body must be 128 KiB or less")
 
 
 class TaskAPI(FastAPI):
@@ -102,7 +99,7 @@ class CORS(CORSMiddleware):
     def __init__(self, app: ASGIApp, origins: str) -> None:
         super().__init__(
             app,
-            allow_origins=[origin.strip().rstrip("/") for origin in origins.split(",")],
+            allow_origins=[origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()],
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=list(filter(None, ["Authorization", "Content-Type", setting("USER_ID_HEADER")])),
             expose_headers=["Location"],
@@ -112,7 +109,7 @@ class CORS(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
-        return error_response(400, "Origin, method or headers not allowed", {"Vary": "Origin"})
+        return error_response(400, "Origin, method or headers not allowed")  # Starlette's is plain text
 
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -123,10 +120,11 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
 async def http_error(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names the methods of one route, and a path has several
-        routes = [route for route in app.routes if isinstance(route, Route)]
-        routes = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
-        headers["Allow"] = ", ".join(sorted({m for route in routes for m in route.methods or ()}))
-    message = "Not found" if error.detail == "Not Found" else error.detail
+        matching = [
+            each for each in app.routes if isinstance(each, Route) and each.matches(request.scope)[0] != Match.NONE
+        ]
+        headers["Allow"] = ", ".join(sorted({method for route in matching for method in route.methods or ()}))
+    message = "Not found" if error.detail == "Not Found" else error.detail  # Starlette's own 404
     return error_response(error.status_code, message, headers)
 
 
@@ -161,8 +159,8 @@ def sentence(error: Mapping[str, Any], method: str) -> str:
     if kind == "no_changes":
         return str(error["msg"])
     if field == "body":
-        not_json = isinstance(sent, bytes)
-        return "Content-Type must be application/json" if not_json else "Body must be a JSON object"
+        # FastAPI leaves what is not declared as JSON in bytes.
+        return "Content-Type must be application/json" if isinstance(sent, bytes) else "Body must be a JSON object"
     if field == "task_id":
         return "Task id must be a positive integer"
     if field == "status":
@@ -198,6 +196,11 @@ def refuse_large(size: int) -> None:
 
 
 class JSONRoute(APIRoute):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Starlette's $ and . take line breaks for something special: /health%0A would be /health.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z", re.DOTALL)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
@@ -225,14 +228,14 @@ def authenticated_user(request: Request) -> str | None:
     return None
 
 
-OwnId = Annotated[
+PathUserId = Annotated[
     str,
     # Only described, not checked: a path that is not the user's own is a 404, however long.
     Path(description="Your own user id", json_schema_extra={"minLength": 1, "maxLength": USER_ID_LENGTH}),
 ]
 
 
-async def current_user(request: Request, user_id: OwnId) -> str:
+async def current_user(request: Request, user_id: PathUserId) -> str:
     """The authenticated user, whom the path must name: 401 without one, 404 on another's path."""
     user = authenticated_user(request)
     if user is None:
@@ -243,11 +246,13 @@ async def current_user(request: Request, user_id: OwnId) -> str:
 
 
 def plain_decimal(value: str) -> str:
-    if not value.isdecimal() or value.startswith("0"):
+    """int alone would also take +1, 01 and 1_0."""
+    if not re.fullmatch("[1-9][0-9]*", value):
         raise ValueError
     return value
 
 
+# The user who asks, and whose tasks these are: a route with this parameter is closed to all others.
 UserId = Annotated[str, Depends(current_user)]
 TaskId = Annotated[int, Path(ge=1, le=MAX_ID), BeforeValidator(plain_decimal)]
 StatusFilter = Annotated[
@@ -257,20 +262,20 @@ StatusFilter = Annotated[
 ]
 
 # Built once, because that costs more than running them. Each starts from the owner.
-tasks = SQLModel.metadata.tables["task"]
-mine = tasks.c.user_id == bindparam("owner")
-this = and_(mine, tasks.c.id == bindparam("task_id"))
+tasks = Task.metadata.tables["task"]
+owned = tasks.c.user_id == bindparam("owner")
+owned_task = and_(owned, tasks.c.id == bindparam("task_id"))
 now = func.clock_timestamp()  # now() would date an update that waited for another before it
 
-LIST = tasks.select().where(mine).order_by(tasks.c.id.desc())
+LIST = tasks.select().where(owned).order_by(tasks.c.id.desc())
 LIST_BY_STATUS = LIST.where(tasks.c.status == bindparam("status"))
 CREATE = insert(tasks).returning(tasks)
-READ = tasks.select().where(this)
-UPDATE = update(tasks).where(this).values(updated_at=now).returning(tasks)
-DELETE = delete(tasks).where(this).returning(tasks.c.id)
+READ = tasks.select().where(owned_task)
+UPDATE = update(tasks).where(owned_task).values(updated_at=now).returning(tasks)
+DELETE = delete(tasks).where(owned_task).returning(tasks.c.id)
 COMPLETE = (
     update(tasks)
-    .where(this)
+    .where(owned_task)
     .values(status="complete", updated_at=case((tasks.c.status == "complete", tasks.c.updated_at), else_=now))
     .returning(tasks)
 )
@@ -301,14 +306,14 @@ def answer(content: bytes, **options: Any) -> Response:
     return Response(content, media_type="application/json", **options)
 
 
-@app.get(TASKS, response_model=list[TaskPublic])
+@app.get(TASKS, response_model=list[TaskPublic], responses=NO_STATUS)
 def list_tasks(user: UserId, status: StatusFilter = None) -> Response:
     """Your tasks, newest first."""
     found = run(LIST_BY_STATUS, owner=user, status=status) if status else run(LIST, owner=user)
     return answer(b"[" + b",".join(map(public, found)) + b"]")  # one by one, which leaves no memory behind
 
 
-@app.post(TASKS, response_model=TaskPublic, responses=TOO_LARGE, status_code=201)
+@app.post(TASKS, response_model=TaskPublic, responses=NO_TITLE | TOO_LARGE, status_code=201)
 def create_task(user: UserId, task: TaskCreate) -> Response:
     """A new task is incomplete. The `Location` header is its address."""
     created = run_for_one(CREATE, user_id=user, title=task.title, description=task.description)

@@ -44,7 +44,7 @@ class TaskUpdate(SQLModel):
         }
     }
 
-    # Absent is not null: only what was sent is read, the defaults never are.
+    # Only what was sent is read, never a default; one that is made keeps out of the OpenAPI document.
     title: Title = Field(default_factory=str)
     description: Description | None = Field(default_factory=str)
     status: Status = Field(default_factory=str)
@@ -73,8 +73,8 @@ class TaskPublic(SQLModel):
         }
     }
 
-    id: int = Field(ge=1, le=MAX_ID)
-    user_id: str = Field(min_length=1, max_length=USER_ID_LENGTH)
+    id: int
+    user_id: str = Field(max_length=USER_ID_LENGTH)
     title: str = Field(max_length=TITLE_LENGTH)
     description: str | None = Field(max_length=DESCRIPTION_LENGTH)
     status: Status
