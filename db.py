@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -154,5 +155,13 @@ def create_tables(engine: Engine) -> None:
             if not transient or time.monotonic() + pause > give_up:
                 raise StartupError(f"The database of DATABASE_URL cannot be used: {why}") from None
             logger.warning("No database yet, next try in %g s: %s", pause, why)
-            time.sleep(pause)
+            wait(pause)
             pause = min(2 * pause, 10)
+
+
+def wait(seconds: float) -> None:
+    """Sleeps, during which a signal ends the process at once: uvicorn heeds it only after the start."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    time.sleep(seconds)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
