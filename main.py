@@ -74,8 +74,9 @@ class TaskAPI(FastAPI):
         for operation in (each for path in document["paths"].values() for each in path.values()):
             operation["responses"].pop("422", None)
             if header:
-                operation["security"] = [{"user": []}]
-                components["securitySchemes"] = {"user": {"type": "apiKey", "in": "header", "name": header}}
+                operation.setdefault("security", [{"user": []}])
+                schemes = components.setdefault("securitySchemes", {})
+                schemes["user"] = {"type": "apiKey", "in": "header", "name": header}
         for unused in ("HTTPValidationError", "ValidationError"):
             components["schemas"].pop(unused, None)
         return document
