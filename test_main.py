@@ -40,7 +40,6 @@ HERE = Path(__file__).parent
 ORIGIN = "https://app.example.com"
 JSON = {"Content-Type": "application/json"}
 UVICORN = "uvicorn --port $PORT"
-PROCFILE = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
 # New in each run, so that a server which keeps its tasks can be tested again.
 ALICE, BOB = (f"{name}-{uuid.uuid4().hex}" for name in ("alice", "bob"))
 FIELDS = ["id", "user_id", "title", "description", "status", "created_at", "updated_at"]
@@ -51,6 +50,9 @@ TASK_NOT_FOUND = (404, {"error": "Task not found"})
 TOO_LARGE = (413, {"error": "Body must be 128 KiB or less"})
 UNAVAILABLE = (500, {"error": "Database unavailable"})
 WRONG_STATUS = (400, {"error": "Status must be 'incomplete' or 'complete'"})
+
+
+ours = pytest.mark.skipif(bool(BASE_URL), reason="is about the app in this folder")
 
 
 def tasks_of(user: str) -> str:
@@ -404,7 +406,8 @@ def extended():
 @pytest.fixture(scope="session")
 def extended_server(database: Database) -> Iterator[Server]:
     """The app with an authentication layer added, for pages from ORIGIN and localhost."""
-    settings = {"DATABASE_URL": f"{database.url}?keepalives_idle=42", "USER_ID_HEADER": HEADER}
+    url = database.url.replace("postgresql:", "postgres:") + "?keepalives_idle=42"
+    settings = {"DATABASE_URL": url, "USER_ID_HEADER": HEADER}
     origins = f" {ORIGIN}/ ,,http://localhost:3000"
     with serve("--factory test_main:extended", ALLOWED_ORIGINS=origins, **settings) as server:
         server.api()
@@ -414,7 +417,8 @@ def extended_server(database: Database) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def wrapped_server(database: Database) -> Iterator[Server]:
     """The app with an authentication layer around it."""
-    settings = {"DATABASE_URL": database.url, "USER_ID_HEADER": HEADER}
+    url = database.url.replace("postgresql:", "postgresql+psycopg:")
+    settings = {"DATABASE_URL": url, "USER_ID_HEADER": HEADER}
     with serve("--factory test_main:wrapped", **settings) as server:
         server.api()
         yield server
@@ -455,10 +459,14 @@ def test_a_user_id_may_hold_a_line_break(layered: API):
     assert layered.http.delete(created.headers["location"], headers=bearer("a\nb")).status_code == 204
 
 
+def procfile() -> str:
+    return (HERE / "Procfile").read_text().removeprefix("web: ").strip()
+
+
 @pytest.fixture(scope="session")
 def closed(database: Database) -> Iterator[API]:
     """The app as it is first deployed, by the Procfile and with nothing but a database."""
-    with serve(app="", command=PROCFILE, DATABASE_URL=database.url) as server:
+    with serve(app="", command=procfile(), DATABASE_URL=database.url) as server:
         yield server.api()
 
 
@@ -971,8 +979,9 @@ def test_health_checks_let_the_database_sleep(closed: API, database: Database):
     assert len(database.statements()) == before
 
 
+@ours
 def test_render_starts_the_app_as_the_procfile_does():
-    assert f"startCommand: {PROCFILE}\n" in (HERE / "render.yaml").read_text()
+    assert f"startCommand: {procfile()}\n" in (HERE / "render.yaml").read_text()
 
 
 def test_tasks_survive_a_restart_of_the_server(api: API, task, database: Database):
@@ -1049,6 +1058,7 @@ def copy_to(folder: Path) -> Path:
     return folder
 
 
+@ours
 def test_importing_needs_no_configuration(tmp_path: Path):
     folder = copy_to(tmp_path / "app")
     (folder / ".env").write_text("DATABASE_URL=wrong")
@@ -1092,9 +1102,6 @@ NO_URL, NO_DATABASE = "DATABASE_URL is not ", "The database of DATABASE_URL cann
 HOPELESS = {
     "": f"{NO_URL}set: set it to postgresql://user:",
     "mysql://u:hunter2@localhost/d": f"{NO_URL}a PostgreSQL URL: set it to postgresql://user:",
-    "postgresql://u:hunter2%@localhost/d": f"{NO_URL}a PostgreSQL URL: ",
-    "postgresql://u:p@hunter2@localhost/d": f"{NO_URL}a PostgreSQL URL: ",
-    "postgresql://u:hunter2@localhost:port/d": f"{NO_URL}a PostgreSQL URL: ",
     "postgresql://guarded:hunter2@{address}/postgres": f'{NO_DATABASE}.*password authentication failed for user "guarded"',
     "postgresql://postgres:hunter2@{address}/absent": f'{NO_DATABASE}.*database "absent" does not exist',
     "postgresql://u:hunter2@{unreachable}/d": f"{NO_DATABASE}.*Connection refused",
@@ -1103,16 +1110,21 @@ HOPELESS = {
 
 
 @pytest.fixture(scope="session", autouse=not BASE_URL)
-def hopeless(database: Database) -> Iterator[dict[str, Server]]:
+def hopeless(
+    server: Server, database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Server]]:
     """Servers that cannot start; they take a while to say so, beside the first tests."""
+    server.api()
     database.demand_password("guarded", "right")
+    clone = copy_to(tmp_path_factory.mktemp("clone") / "app")  # whose .env has a URL, which an empty one overrides
     with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
         ports = {"address": database.port, "unreachable": free_port(), "silent": silent.getsockname()[1]}
         addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
         servers = {}
         for url in HOPELESS:
             app = "--factory test_main:impatient" if "silent" in url or "unreachable" in url else "main:app"
-            servers[url] = stack.enter_context(serve(app, DATABASE_URL=url.format(**addresses)))
+            folder = HERE if url else clone
+            servers[url] = stack.enter_context(serve(app, folder=folder, DATABASE_URL=url.format(**addresses)))
         yield servers
 
 
@@ -1128,25 +1140,35 @@ def test_a_start_without_hope_ends_in_one_line(hopeless: dict[str, Server], url:
     assert "hunter2" not in server.log
 
 
-def test_the_environment_overrides_the_env_file(tmp_path: Path):
-    with serve(folder=copy_to(tmp_path / "app"), DATABASE_URL="") as server:
-        assert server.process.wait(20) == 3
-        assert "DATABASE_URL is not set" in server.log
-
-
 def test_a_url_is_kept_as_it_is_given(database: Database):
     user, password = "o'hara@home", "p@ss/w%rd:?#"
     database.demand_password(user, password)
     database.execute(f'CREATE DATABASE "tasks & more" OWNER "{user}"')
     url = database.named("tasks%20%26%20more", user=f"{quote(user)}:{quote(password, safe='')}")
-    seen = "SELECT usename, datname FROM pg_stat_activity WHERE application_name = %s"
-    with ExitStack() as stack:
-        schemes = ["postgres", "postgresql+psycopg"]
-        urls = [url.replace("postgresql", each) + f"?application_name=my%20{each}" for each in schemes]
-        servers = [stack.enter_context(serve(DATABASE_URL=each, USER_ID_HEADER=HEADER)) for each in urls]
-        for scheme, server in zip(schemes, servers, strict=True):
-            assert server.api().create().status_code == 201
-            assert database.execute(seen, f"my {scheme}") == [(user, "tasks & more")]
+    with serve(DATABASE_URL=f"{url}?application_name=my%20app", USER_ID_HEADER=HEADER) as server:
+        assert server.api().create().status_code == 201
+        seen = "SELECT usename, datname FROM pg_stat_activity WHERE application_name = 'my app'"
+        assert database.execute(seen) == [(user, "tasks & more")]
+
+
+PARSE = """
+import db, sys
+for url in sys.argv[1:]:
+    try:
+        db.parse(url)
+    except db.StartupError as error:
+        print(error)
+"""
+
+
+@ours
+def test_a_malformed_url_is_refused_without_quoting_it():
+    urls = ["hunter2", "postgresql://u:hunter2%@localhost/d", "postgresql://u:p@hunter2@localhost/d"]
+    urls += ["postgresql://u:hunter2@localhost:port/d", "postgresql://u:hunter2@localhost/d?hunter2=1"]
+    program = [sys.executable, "-c", PARSE, *urls]
+    refused = subprocess.run(program, cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(refused) == len(urls)
+    assert {line.partition(":")[0] for line in refused} == {"DATABASE_URL is not a PostgreSQL URL"}
 
 
 EIGHT = """
