@@ -1194,6 +1194,7 @@ def test_eight_processes_may_start_at_once_on_an_empty_database(database: Databa
     assert json.loads(done.stdout) == 8 * [0]
 
 
+@ours
 def test_whatever_fails_at_the_start_ends_it(tmp_path: Path):
     folder = copy_to(tmp_path / "app")
     (folder / ".postgres").write_text("where the data should be")
@@ -1218,6 +1219,7 @@ def test_requests_in_flight_finish_before_the_server_ends(api: API, task, databa
     assert api.read(task["id"]).json()["title"] == "in time"
 
 
+@ours
 def test_the_embedded_database_lives_with_the_app(tmp_path: Path):
     clones = [copy_to(tmp_path / "a b"), copy_to(tmp_path / f"a {'long' * 40} path")]
     with serve("main:app --reload", folder=clones[0]) as one, serve("main:app --workers 2", folder=clones[1]) as other:
