@@ -75,8 +75,9 @@ class TaskAPI(FastAPI):
             operation["responses"].pop("422", None)
             if header:
                 operation.setdefault("security", [{"user": []}])
-                schemes = components.setdefault("securitySchemes", {})
-                schemes["user"] = {"type": "apiKey", "in": "header", "name": header}
+        if header:
+            scheme = {"type": "apiKey", "in": "header", "name": header}
+            components.setdefault("securitySchemes", {})["user"] = scheme
         for unused in ("HTTPValidationError", "ValidationError"):
             components["schemas"].pop(unused, None)
         return document

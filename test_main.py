@@ -51,7 +51,6 @@ TOO_LARGE = (413, {"error": "Body must be 128 KiB or less"})
 UNAVAILABLE = (500, {"error": "Database unavailable"})
 WRONG_STATUS = (400, {"error": "Status must be 'incomplete' or 'complete'"})
 
-
 ours = pytest.mark.skipif(bool(BASE_URL), reason="is about the app in this folder")
 
 
@@ -390,7 +389,7 @@ def extended():
     def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @app.get("/socket")
+    @app.get("/connection")
     def how_the_database_is_connected() -> list[Any]:
         with new_session() as session:
             connection = session.connection().connection.driver_connection
@@ -1014,6 +1013,7 @@ def test_a_stopped_database_is_an_error_until_it_is_back(extended_server: Server
     assert len(lines) == 6
     assert re.fullmatch("ERROR:    Database unavailable: .{,150}Connection refused", lines[0])
     assert api.http.post(tasks_of(ALICE), headers=headers, json={}).status_code == 400
+    assert api.http.get(f"{tasks_of(ALICE)}/{2**63}", headers=headers).status_code == 400
     assert result(api.http.get("/health")) == (200, {"status": "ok"})
     database.start()
     assert api.http.get(tasks_of(ALICE), headers=headers).status_code == 200
@@ -1042,7 +1042,7 @@ def test_more_clients_than_connections_queue(api: API, task, database: Database)
 
 
 def test_a_lost_network_is_noticed_within_a_minute(extended_server: Server):
-    options = extended_server.api().http.get("/socket").json()
+    options = extended_server.api().http.get("/connection").json()
     assert options == [42, 5, 3, 15000, "10", None]  # 42 is from the URL; None: no prepared statements
 
 
