@@ -4,9 +4,7 @@ import asyncio
 import errno
 import gc
 import logging
-import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -17,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -54,16 +52,11 @@ FINAL = re.compile(
     "(FATAL|ERROR): .*(authentication failed|does not exist|no such (user|database)|no pg_hba.conf entry|unrecognized)"
     r"|invalid (port|\w+ value)"
 )
-UNUSABLE = "The database of DATABASE_URL cannot be used: "
-TABLE_LOCK = 0x7461736B  # any number will do that is the same in every process
 
 # Of the embedded database.
 DATA = HERE / ".postgres"
 ROOT = os.name == "posix" and os.geteuid() == 0
 SERVER_USER = "embedded_postgres"  # where the app's is root
-
-# The database aborted it for concurrency, without effect: serialization failure, deadlock.
-ABORTED = {"40001", "40P01"}
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -84,11 +77,9 @@ def reason(error: Exception) -> str:
 class Connection(psycopg.Connection[Any]):
     """Has the server cancel a statement that is not done at `deadline`, a time.monotonic()."""
 
-    deadline = math.inf
+    deadline = float("inf")
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        if self.deadline == math.inf:
-            return super().wait(gen, interval, timeout)
         timeout = self.deadline - time.monotonic()
         if timeout > 0:
             for _ in range(5):  # a pooler may begin a statement after it was asked to cancel it
@@ -108,6 +99,9 @@ connections = WeakSet[Connection]()
 def connect() -> Connection:
     connection = Connection.connect(**connection_parameters)
     connections.add(connection)
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", None):
+        raise psycopg.NotSupportedError(f"its encoding is {encoding}, and must be UTF8")
     return connection
 
 
@@ -118,9 +112,7 @@ engine = create_engine(
     pool_size=POOL_SIZE,
     max_overflow=0,
     pool_recycle=300,  # seconds: no connection outlives a failover or a changed setting for long
-    pool_reset_on_return=None,  # as the next, because autocommit leaves nothing to roll back
-    skip_autocommit_rollback=True,
-    use_native_hstore=False,  # which would cost a query at the start
+    skip_autocommit_rollback=True,  # autocommit leaves nothing to roll back
 )
 threads = ThreadPoolExecutor(POOL_SIZE)  # one for each connection, so that nothing waits for both
 
@@ -147,10 +139,11 @@ def execute(statement: Executable, values: dict[str, Any], deadline: float) -> l
                 found = connection.execute(statement, values)
                 keys = found.keys()
                 return [dict(zip(keys, row, strict=True)) for row in found]
-            except exc.DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) not in ABORTED:
+            except exc.OperationalError as error:
+                # Which the database aborted for concurrency, without effect.
+                if not isinstance(error.orig, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
                     raise
-        time.sleep(random.uniform(0, 0.05))
+        time.sleep(0.01)
 
 
 @asynccontextmanager
@@ -159,12 +152,11 @@ async def open_database(_: object) -> AsyncIterator[None]:
 
     Raises StartupError where DATABASE_URL is wrong or its database out of reach for START_PATIENCE."""
     database = embedded_database() if DATABASE_URL == "embedded" else nullcontext(parse(DATABASE_URL))
-    with ExitStack() as stack:
+    with database as address:
+        connection_parameters.update(KEEPALIVE | address | SESSION)
         with signals_heeded():
-            connection_parameters.clear()
-            connection_parameters.update(KEEPALIVE | stack.enter_context(database) | SESSION)
             create_tables()
-        gc.freeze()  # what is loaded by now stays: no collection needs to look at it
+        gc.freeze()  # no collection looks at what is loaded by now: a twentieth of a request's CPU
         yield
         engine.dispose()
         for connection in list(connections):  # those still open: shutdown has cut off what they do
@@ -187,20 +179,17 @@ def signals_heeded() -> Iterator[None]:
 def parse(url: str) -> dict[str, Any]:
     """libpq's parameters out of a PostgreSQL URL. Raises StartupError."""
     scheme, _, rest = url.partition("://")
-    try:
-        if scheme.partition("+")[0] not in ("postgres", "postgresql"):
-            raise ValueError
-        parameters = conninfo_to_dict(f"postgresql://{rest}")
-        # An @ in the host is the end of a password that was not percent-encoded.
-        if "@" in str(parameters.get("host")) or re.search(r"[^\d,]", str(parameters.get("port", 0))):
-            raise ValueError
-        return parameters
-    except (ValueError, psycopg.ProgrammingError):  # whose text may quote the password
-        problem = "is not a PostgreSQL URL" if url else "is not set"
-        raise StartupError(
-            f"DATABASE_URL {problem}: set it to postgresql://user:password@host/database, "
-            "or to embedded for a private database on this machine"
-        ) from None
+    if scheme.partition("+")[0] in ("postgres", "postgresql"):
+        with suppress(ValueError, psycopg.ProgrammingError):  # whose text may quote the password
+            parameters = conninfo_to_dict(f"postgresql://{rest}")
+            # An @ in the host is the end of a password that was not percent-encoded.
+            if "@" not in str(parameters.get("host")) and re.fullmatch(r"[\d,]*", str(parameters.get("port", ""))):
+                return parameters
+    problem = "is not a PostgreSQL URL" if url else "is not set"
+    raise StartupError(
+        f"DATABASE_URL {problem}: set it to postgresql://user:password@host/database, "
+        "or to embedded for a private database on this machine"
+    )
 
 
 @contextmanager
@@ -210,12 +199,14 @@ def embedded_database() -> Iterator[dict[str, Any]]:
     Each process holds a shared lock there, which ends with the process however that ends; whoever gets
     the lock alone is the last. Raises StartupError."""
     try:
-        if not DATA.exists():
-            make_data()
-        # Named by the inode, which a copy does not share: the data's path could be too long for a socket.
-        sockets = Path("/tmp" if os.name == "posix" else tempfile.gettempdir(), f"tasks-{DATA.stat().st_ino}")
-        parameters = {"host": str(sockets), "port": 5432, "user": "postgres", "dbname": "postgres"}
-        user = start_or_join(sockets, parameters)
+        with signals_heeded():
+            if not DATA.exists():
+                make_data()
+            # Named by the folder's number, which a copy does not share: its path could be too long for a socket.
+            number = f"{DATA.stat().st_dev:x}-{DATA.stat().st_ino:x}"
+            sockets = Path("/tmp" if os.name == "posix" else tempfile.gettempdir(), f"tasks-{number}")
+            parameters = {"host": str(sockets), "port": 5432, "user": "postgres", "dbname": "postgres"}
+            user = start_or_join(sockets, parameters)
     except OSError as error:
         why = f"{error.filename}: {error.strerror}. If it is another user's, start the app as that user, or delete it"
         raise StartupError(f"The embedded database cannot start: {why}") from None
@@ -246,8 +237,12 @@ def make_data() -> None:
 
 def start_or_join(sockets: Path, parameters: dict[str, Any]) -> psycopg.Connection[Any]:
     """A connection that holds the shared lock. Raises StartupError, and OSError."""
-    if ROOT and DATA.owner() != SERVER_USER:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(DATA))
+    if ROOT:
+        owner = ""
+        with suppress(KeyError):  # a volume's may have no name here
+            owner = DATA.owner()
+        if owner != SERVER_USER:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(DATA))
     began = time.monotonic()
     while True:
         sockets.mkdir(mode=0o700, exist_ok=True)  # each time: a last process may just have removed it
@@ -269,10 +264,8 @@ def start_or_join(sockets: Path, parameters: dict[str, Any]) -> psycopg.Connecti
             # PostgreSQL believes them if their process id is some other program's now.
             for stale in (DATA / "postmaster.pid", sockets / ".s.PGSQL.5432.lock"):
                 stale.unlink(missing_ok=True)
-        if not postgres(
-            "pg_ctl", "-l", "log", "-o", f"-k {sockets} -p 5432 -c listen_addresses=", "start", folder=DATA
-        ):
-            time.sleep(0.1)  # it runs, or starts, or stops
+        postgres("pg_ctl", "-l", "log", "-o", f"-k {sockets} -p 5432 -c listen_addresses=", "start", folder=DATA)
+        time.sleep(0.1)  # it may be starting, or stopping, already
 
 
 def postgres(program: str, *arguments: str, folder: Path) -> bool:
@@ -280,8 +273,7 @@ def postgres(program: str, *arguments: str, folder: Path) -> bool:
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
     if program != "initdb":  # a start may fail because another process is faster
         options["stderr"] = subprocess.DEVNULL
-    if os.name == "nt":
-        options["creationflags"] = subprocess.CREATE_NO_WINDOW  # type: ignore[attr-defined]
+    options["creationflags"] = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # which only Windows has
     programs = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
     if ROOT:  # as whom PostgreSQL refuses to run: another user gets a way to its files, not to read others
         options |= {"user": SERVER_USER, "group": SERVER_USER, "extra_groups": []}
@@ -312,16 +304,12 @@ def refuse_dead_connection(connection: psycopg.Connection, *_: object) -> None:
 def create_tables() -> None:
     """Creates the table unless it is there, and waits for a database that is not. Raises StartupError."""
     give_up, pause = time.monotonic() + START_PATIENCE, 0.5
-    transactional = engine.execution_options(isolation_level="READ COMMITTED")
     while True:
         try:
-            with transactional.begin() as connection:
-                encoding = connection.connection.driver_connection.info.parameter_status("server_encoding")  # type: ignore
-                if encoding not in ("UTF8", None):
-                    raise StartupError(f"{UNUSABLE}its encoding is {encoding}, and must be UTF8")
-                # One process at a time. The lock ends with the transaction, which a transaction
-                # pooler keeps on one server; a session's lock would be lost there.
-                connection.execute(select(func.pg_advisory_xact_lock(TABLE_LOCK)))
+            with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+                # One process at a time: its number is any that all have. The lock ends with the transaction,
+                # which a transaction pooler keeps on one server; a session's lock would be lost there.
+                connection.execute(select(func.pg_advisory_xact_lock(0x7461736B)))
                 Task.metadata.create_all(connection)
                 connection.execute(select(Task).limit(0))
             return
@@ -329,7 +317,7 @@ def create_tables() -> None:
             why = reason(error)
             transient = isinstance(error, exc.OperationalError) and not FINAL.search(why)
             if not transient or time.monotonic() + pause > give_up:
-                raise StartupError(f"{UNUSABLE}{why}") from None
+                raise StartupError(f"The database of DATABASE_URL cannot be used: {why}") from None
             logger.warning("No database yet, next try in %g s: %s", pause, why)
             time.sleep(pause)
             pause = min(2 * pause, 10)
