@@ -11,10 +11,11 @@ from fastapi import Depends, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi.security.base import SecurityBase
 from pydantic import BeforeValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import to_json
-from sqlalchemy import Executable, and_, bindparam, case, delete, func, insert, update
+from sqlalchemy import Executable, and_, bindparam, case, delete, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -23,16 +24,14 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from db import logger, open_database, reason, run
-from models import MAX_ID, USER_ID_LENGTH, Error, Status, Task, TaskCreate, TaskPublic, TaskUpdate, sentence
+from db import logger, open_database, reason, run  # and .env, which db loads
+from models import MAX_ID, USER_ID_LENGTH, WRONG, Error, Status, Task, TaskCreate, TaskPublic, TaskUpdate, sentence
 
 USER_ID_HEADER = os.environ.get("USER_ID_HEADER", "").strip()
-ALLOWED_ORIGINS = [
-    each.strip().rstrip("/") for each in os.environ.get("ALLOWED_ORIGINS", "").split(",") if each.strip()
-]
+ALLOWED_ORIGINS = [each.rstrip("/") for each in os.environ.get("ALLOWED_ORIGINS", "").replace(",", " ").split()]
 MAX_BODY = 128 * 1024  # bytes
 PAGE = 100  # tasks
-CHUNK = 64 * 1024  # bytes
+CHUNK = 64 * 1024  # bytes: handed over whole, a page that nobody reads would be held twice
 page_turn = asyncio.Semaphore(4)  # long lists leave most connections to short requests
 
 
@@ -52,8 +51,8 @@ class TaskAPI(FastAPI):
         )
 
 
-def error(example: str) -> dict[str, Any]:
-    return {"model": Error, "content": {"application/json": {"example": {"error": example}}}}
+def says(message: str) -> dict[str, Any]:
+    return {"model": Error, "content": {"application/json": {"example": {"error": message}}}}
 
 
 app = TaskAPI(
@@ -66,10 +65,10 @@ app = TaskAPI(
     redoc_url=None,
     generate_unique_id_function=lambda route: route.name,
     responses={
-        400: error("Task id must be a positive integer"),
-        401: error("Authentication required"),
-        404: error("Task not found"),
-        "default": error("Database unavailable"),
+        400: says(WRONG["task_id"]),
+        401: says("Authentication required"),
+        404: says("Task not found"),
+        "default": says("Database unavailable"),
     },
 )
 
@@ -85,7 +84,7 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
         case HTTPException():
             # Starlette's own 404 says "Not Found".
             status, message = error.status_code, "Not found" if error.detail == "Not Found" else error.detail
-            if status == 405:  # of which it names the methods of one route, where a path has several
+            if status == 405:  # where Starlette names the methods of one route, and a path may have several
                 matching = [each for each in app.routes if each.matches(request.scope)[0] != Match.NONE]
                 methods = {method for each in matching if isinstance(each, Route) for method in each.methods or ()}
                 headers = {"Allow": ", ".join(sorted(methods))}
@@ -93,7 +92,7 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
             sentences = [sentence(each, request.method) for each in error.errors()]
             status, message = 400, "; ".join(dict.fromkeys(sentences))
         case ClientDisconnect():
-            status, message = 400, "Body is incomplete"
+            status, message = 400, "Body is incomplete"  # nobody hears it, but the log has no traceback
         case SQLAlchemyError():
             status, message = 500, "Database unavailable"
             logger.error("%s: %s", message, reason(error))
@@ -103,7 +102,7 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
 
 
 def limit_body(app: ASGIApp) -> ASGIApp:
-    """Ends a request when more than MAX_BODY of its body has arrived."""
+    """Ends a request when more than MAX_BODY of its body has arrived, with JSON, which Starlette's own does not."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
@@ -124,38 +123,40 @@ def limit_body(app: ASGIApp) -> ASGIApp:
 app.add_middleware(limit_body)
 
 
-class UserIdConvertor(PathConvertor):
+class AnyConvertor(PathConvertor):
     regex = "(?s:.*)"  # a user id may hold slashes, which `path` takes too, and line breaks
 
 
-register_url_convertor("user_id", UserIdConvertor())
-TASKS = "/api/{user_id:user_id}/tasks"  # .../tasks/tasks is the list of a user .../tasks
+register_url_convertor("any", AnyConvertor())
+TASKS = "/api/{user_id:any}/tasks"  # .../tasks/tasks is the list of a user .../tasks
 TASK = TASKS + "/{task_id}"
 
-# Only for the OpenAPI document and the 401: current_user finds the user.
-scheme = APIKeyHeader(name=USER_ID_HEADER, auto_error=False) if USER_ID_HEADER else HTTPBearer(auto_error=False)
+# Described, not checked: a path that is not the user's own is a 404, however long.
+PathUserId = Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": USER_ID_LENGTH})]
 
 
-async def current_user(
-    request: Request,
-    # Described, not checked: a path that is not the user's own is a 404, however long.
-    user_id: Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": USER_ID_LENGTH})],
-    _: Annotated[object, Depends(scheme)],
-) -> str:
+class CurrentUser(SecurityBase):
     """The user that an authentication layer put into `request.state.user_id`; where there is no
     layer, the value of the header named by USER_ID_HEADER. 401 without one, 404 on another's path."""
-    if "user_id" in request.state:
-        user = request.state.user_id
-    else:
-        values = request.headers.getlist(USER_ID_HEADER)
-        # UTF-8, as the path is; other bytes become surrogates, which no path has.
-        user = values[0].encode("latin-1").decode(errors="surrogateescape") if len(values) == 1 else None
-    if not isinstance(user, str) or not user.strip() or len(user) > USER_ID_LENGTH or "\0" in user:
-        raise HTTPException(401, "Authentication required", scheme.make_not_authenticated_error().headers)
-    if user != user_id:
-        raise HTTPException(404, "Not found")
-    await request.body()  # also where it is ignored: one that is too large is refused before anything is done
-    return user
+
+    # For the OpenAPI document. A dependency on the scheme would run it in each request, for nothing.
+    scheme = APIKeyHeader(name=USER_ID_HEADER) if USER_ID_HEADER else HTTPBearer()
+    model, scheme_name = scheme.model, scheme.scheme_name
+    challenge = "APIKey" if USER_ID_HEADER else "Bearer"
+
+    async def __call__(self, request: Request, user_id: PathUserId) -> str:
+        if "user_id" in request.state:
+            user = request.state.user_id
+        else:
+            values = request.headers.getlist(USER_ID_HEADER) if USER_ID_HEADER else []
+            # UTF-8, as the path is; other bytes become surrogates, which no path has.
+            user = values[0].encode("latin-1").decode(errors="surrogateescape") if len(values) == 1 else None
+        if not isinstance(user, str) or not user.strip() or len(user) > USER_ID_LENGTH or "\0" in user:
+            raise HTTPException(401, "Authentication required", {"WWW-Authenticate": self.challenge})
+        if user != user_id:
+            raise HTTPException(404, "Not found")
+        await request.body()  # also where it is ignored: one that is too large is refused before anything is done
+        return user
 
 
 def plain_decimal(value: str) -> str:
@@ -174,26 +175,29 @@ async def path_task_id(task_id: Id) -> int:
     return task_id
 
 
+current_user = CurrentUser()
 # The user who asks, and whose tasks these are: a route with this parameter is closed to all others.
 UserId = Annotated[str, Depends(current_user)]
 # A dependency too, because FastAPI documents a route's own parameters first, and user_id is not one.
 TaskId = Annotated[int, Depends(path_task_id)]
 
-# Statements are built once, because that costs more than running them. Each starts from the owner.
+# Statements are built once, because that costs more than running them. Each starts from the owner, who is
+# not called user_id there: INSERT and UPDATE set each column that a parameter is named like.
 tasks = Task.metadata.tables["task"]
+public = [tasks.c[name] for name in TaskPublic.model_fields]
 owned = tasks.c.user_id == bindparam("owner")
 owned_task = and_(owned, tasks.c.id == bindparam("task_id"))
-no_newer = tasks.c.id <= bindparam("newest")
+older = tasks.c.id < bindparam("before")
 any_or_one_status = tasks.c.status == func.coalesce(bindparam("status"), tasks.c.status)
 now = func.clock_timestamp()  # now() would date an update that waited for another before it
 completed_at = case((tasks.c.status == "complete", tasks.c.updated_at), else_=now)
 
-LIST = tasks.select().where(owned, no_newer, any_or_one_status).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
-CREATE = insert(tasks).returning(tasks)
-READ = tasks.select().where(owned_task)
-UPDATE = update(tasks).where(owned_task).values(updated_at=now).returning(tasks)
-DELETE = delete(tasks).where(owned_task).returning(tasks)
-COMPLETE = update(tasks).where(owned_task).values(status="complete", updated_at=completed_at).returning(tasks)
+LIST = select(*public).where(owned, older, any_or_one_status).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
+CREATE = insert(tasks).returning(*public)
+READ = select(*public).where(owned_task)
+UPDATE = update(tasks).where(owned_task).values(updated_at=now).returning(*public)
+DELETE = delete(tasks).where(owned_task).returning(*public)
+COMPLETE = update(tasks).where(owned_task).values(status="complete", updated_at=completed_at).returning(*public)
 
 
 async def one_task(statement: Executable, **values: Any) -> TaskPublic:
@@ -204,31 +208,27 @@ async def one_task(statement: Executable, **values: Any) -> TaskPublic:
     return TaskPublic.model_validate(found[0])
 
 
-@app.get(
-    TASKS,
-    response_model=list[TaskPublic],
-    responses={400: error("Status must be 'incomplete' or 'complete'"), 404: error("Not found")},
-)
+@app.get(TASKS, response_model=list[TaskPublic], responses={400: says(WRONG["status"]), 404: says("Not found")})
 async def list_tasks(
     user: UserId, status: Status | Absent = None, limit: Limit | Absent = None, before: Id | Absent = None
 ) -> Response:
     """Newest first. With `limit`, they come in pages: `before` is the last id of the page before."""
-    whose = {"owner": user, "status": status}
-    page = await run(LIST, **whose, newest=before - 1 if before else MAX_ID, limit=limit or PAGE + 1)
+    asked = {"owner": user, "status": status, "before": before or MAX_ID}
+    page = await run(LIST, **asked, limit=limit or PAGE + 1)
     if limit or len(page) <= PAGE:
         return Response(to_json(page), media_type="application/json")
-    return StreamingResponse(stream(page, **whose), media_type="application/json")
+    return StreamingResponse(stream(page, asked), media_type="application/json")
 
 
-async def stream(page: list[dict[str, Any]], **whose: Any) -> AsyncIterator[bytes]:
+async def stream(page: list[dict[str, Any]], asked: dict[str, Any]) -> AsyncIterator[bytes]:
     """`page` and all tasks after it, each page read when the client has taken the one before."""
     text = b"[" + to_json(page[:PAGE])[1:-1]
-    while following := page[PAGE:]:
-        page = []  # what waits for a client is one page, once
+    while len(page) > PAGE:
+        last, page = page[PAGE - 1]["id"], []  # what waits for a client is one page, once
         for start in range(0, len(text), CHUNK):
             yield text[start : start + CHUNK]
         async with page_turn:
-            page = await run(LIST, **whose, newest=following[0]["id"], limit=PAGE + 1)
+            page = await run(LIST, **asked | {"before": last}, limit=PAGE + 1)
         text = b"," + to_json(page[:PAGE])[1:-1] if page else b""
     yield text + b"]"
 
@@ -236,7 +236,7 @@ async def stream(page: list[dict[str, Any]], **whose: Any) -> AsyncIterator[byte
 LOCATION = {"headers": {"Location": {"description": "The new task's address", "schema": {"type": "string"}}}}
 
 
-@app.post(TASKS, status_code=201, responses={201: LOCATION, 400: error("Title is required"), 404: error("Not found")})
+@app.post(TASKS, status_code=201, responses={201: LOCATION, 400: says("Title is required"), 404: says("Not found")})
 async def create_task(user: UserId, task: TaskCreate, response: Response) -> TaskPublic:
     """A new task is incomplete. The `Location` header is its address."""
     created = await one_task(CREATE, user_id=user, **task.model_dump())
@@ -250,7 +250,7 @@ async def read_task(user: UserId, task_id: TaskId) -> TaskPublic:
     return await one_task(READ, owner=user, task_id=task_id)
 
 
-@app.put(TASK, responses={400: error("Send at least one of title, description, status")})
+@app.put(TASK, responses={400: says("Send at least one of title, description, status")})
 async def update_task(user: UserId, task_id: TaskId, changes: TaskUpdate) -> TaskPublic:
     """Changes what you send and leaves the rest; a `null` description clears it. The last write wins."""
     return await one_task(UPDATE, owner=user, task_id=task_id, **changes.model_dump())
@@ -268,8 +268,7 @@ async def complete_task(user: UserId, task_id: TaskId) -> TaskPublic:
     return await one_task(COMPLETE, owner=user, task_id=task_id)
 
 
-@app.get("/health", include_in_schema=False)
-@app.head("/health", include_in_schema=False)
+@app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 async def health() -> dict[str, str]:
     """Asks the database nothing: a sleeping one would be kept awake, and its free hours spent."""
     return {"status": "ok"}

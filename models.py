@@ -43,6 +43,7 @@ class TaskUpdate(SQLModel):
 
     model_config = {"json_schema_extra": {"minProperties": 1}}
 
+    # MISSING, which model_dump leaves out, where null is a value.
     title: Title | MISSING = MISSING
     description: Description | MISSING | None = MISSING
     status: Status | MISSING = MISSING
@@ -86,13 +87,14 @@ class Error(SQLModel):
     error: str
 
 
-# By the field that is wrong, or by what is wrong with it; of anything else pydantic tells.
-SENTENCES = {
+# What is said of a field, or else of the rule that it breaks.
+WRONG = {
     "task_id": "Task id must be a positive integer",
     "before": "Before must be a positive integer",
     "limit": "Limit must be an integer from 1 to 100",
     "status": "Status must be 'incomplete' or 'complete'",
-    "json_invalid": "Body must be valid JSON",
+}
+BROKEN = {
     "string_type": "{} must be a string",
     "string_too_short": "{} cannot be empty",
     "string_too_long": "{} must be {max_length} characters or less",
@@ -102,12 +104,16 @@ SENTENCES = {
 
 
 def sentence(error: Mapping[str, Any], method: str) -> str:
-    """Says what is wrong, and never what was sent."""
-    kind, field, sent = error["type"], str((*error["loc"], "body")[1]), error["input"]
-    if field == "body" and kind in ("missing", "model_attributes_type"):
-        # FastAPI leaves what is not declared as JSON in bytes.
-        return "Content-Type must be application/json" if isinstance(sent, bytes) else "Body must be a JSON object"
-    if field == "title" and (sent is None or kind in ("missing", "string_too_short")):
+    """Says what is wrong, and never what was sent. Where no sentence of ours does, pydantic's does."""
+    where, rule, message, sent = error["loc"], error["type"], error["msg"], error["input"]
+    if rule == "json_invalid":
+        return "Body must be valid JSON"
+    if where == ("body",):
+        if isinstance(sent, bytes):  # as FastAPI leaves what is not declared as JSON
+            return "Content-Type must be application/json"
+        return "Body must be a JSON object" if rule in ("missing", "model_attributes_type") else message
+    field = str(where[1])
+    if field == "title" and (sent is None or rule in ("missing", "string_too_short")):
         return "Title is required" if method == "POST" else "Title cannot be empty"
-    template = SENTENCES.get(field) or SENTENCES.get(kind) or ("{msg}" if field == "body" else "{}: {msg}")
-    return template.format(field.replace("_", " ").capitalize(), **error.get("ctx", {}) | {"msg": error["msg"]})
+    template = WRONG.get(field) or BROKEN.get(rule, "{}: {msg}")
+    return template.format(field.replace("_", " ").capitalize(), **error.get("ctx", {}) | {"msg": message})
