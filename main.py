@@ -187,12 +187,12 @@ tasks = Task.metadata.tables["task"]
 public = [tasks.c[name] for name in TaskPublic.model_fields]
 owned = tasks.c.user_id == bindparam("owner")
 owned_task = and_(owned, tasks.c.id == bindparam("task_id"))
-older = tasks.c.id < bindparam("before")
+no_newer = tasks.c.id <= bindparam("newest")
 any_or_one_status = tasks.c.status == func.coalesce(bindparam("status"), tasks.c.status)
 now = func.clock_timestamp()  # now() would date an update that waited for another before it
 completed_at = case((tasks.c.status == "complete", tasks.c.updated_at), else_=now)
 
-LIST = select(*public).where(owned, older, any_or_one_status).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
+LIST = select(*public).where(owned, no_newer, any_or_one_status).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
 CREATE = insert(tasks).returning(*public)
 READ = select(*public).where(owned_task)
 UPDATE = update(tasks).where(owned_task).values(updated_at=now).returning(*public)
@@ -213,7 +213,7 @@ async def list_tasks(
     user: UserId, status: Status | Absent = None, limit: Limit | Absent = None, before: Id | Absent = None
 ) -> Response:
     """Newest first. With `limit`, they come in pages: `before` is the last id of the page before."""
-    asked = {"owner": user, "status": status, "before": before or MAX_ID}
+    asked = {"owner": user, "status": status, "newest": before - 1 if before else MAX_ID}
     page = await run(LIST, **asked, limit=limit or PAGE + 1)
     if limit or len(page) <= PAGE:
         return Response(to_json(page), media_type="application/json")
@@ -228,7 +228,7 @@ async def stream(page: list[dict[str, Any]], asked: dict[str, Any]) -> AsyncIter
         for start in range(0, len(text), CHUNK):
             yield text[start : start + CHUNK]
         async with page_turn:
-            page = await run(LIST, **asked | {"before": last}, limit=PAGE + 1)
+            page = await run(LIST, **asked | {"newest": last - 1}, limit=PAGE + 1)
         text = b"," + to_json(page[:PAGE])[1:-1] if page else b""
     yield text + b"]"
 

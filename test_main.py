@@ -923,6 +923,9 @@ def test_the_highest_id_is_the_newest_and_the_key_leads_with_the_owner(alice, da
     ids = [alice.create()["id"] for _ in range(3)]
     database.execute("UPDATE task SET created_at = now() - id * interval '1 day' WHERE user_id = %s", alice.name)
     assert [each["id"] for each in alice.tasks()] == ids[::-1]
+    highest = "INSERT INTO task (id, user_id, title) OVERRIDING SYSTEM VALUE VALUES (2^63::numeric - 1, %s, 'x')"
+    database.execute(highest, alice.name)
+    assert [each["id"] for each in alice.tasks()] == [2**63 - 1, *ids[::-1]]
     indexes = database.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'task'")
     assert indexes == [("CREATE UNIQUE INDEX task_pkey ON public.task USING btree (user_id, id)",)]
 
