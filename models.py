@@ -1,9 +1,8 @@
-"""What a task is: the rules of its fields, what clients send and see, what PostgreSQL stores, what breaks a rule."""
+"""What a task is: the rules of its fields, what clients send and see, and what PostgreSQL stores."""
 
-from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import MISSING, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,17 +10,21 @@ from sqlmodel import BigInteger, CheckConstraint, Field, Identity, PrimaryKeyCon
 
 # Lengths are in characters, that is Unicode code points, as PostgreSQL counts them.
 USER_ID_LENGTH = 255
+TITLE_LENGTH = 255
+DESCRIPTION_LENGTH = 5000
 MAX_ID = 2**63 - 1
 
 # PostgreSQL cannot store NUL. The title's pattern also tells clients that a blank one is refused.
 Title = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=255, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$"),
+    StringConstraints(
+        strip_whitespace=True, min_length=1, max_length=TITLE_LENGTH, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$"
+    ),
     Field(schema_extra={"examples": ["Buy groceries"]}),
 ]
 Description = Annotated[
     str,
-    StringConstraints(max_length=5000, pattern=r"^[^\x00]*$"),
+    StringConstraints(max_length=DESCRIPTION_LENGTH, pattern=r"^[^\x00]*$"),
     Field(schema_extra={"examples": ["Milk, eggs, bread"]}),
 ]
 
@@ -43,7 +46,7 @@ class TaskUpdate(SQLModel):
 
     model_config = {"json_schema_extra": {"minProperties": 1}}
 
-    # MISSING, which model_dump leaves out, where null is a value.
+    # MISSING is what was not sent, and model_dump leaves it out.
     title: Title | MISSING = MISSING
     description: Description | MISSING | None = MISSING
     status: Status | MISSING = MISSING
@@ -56,7 +59,7 @@ class TaskUpdate(SQLModel):
 
 
 class TaskPublic(SQLModel):
-    """A task, as its owner sees it. Timestamps are in UTC."""
+    """A task, as its owner sees it. Timestamps are in UTC."""  # never validated: what is stored is shown
 
     id: int = Field(
         sa_type=BigInteger,
@@ -64,8 +67,8 @@ class TaskPublic(SQLModel):
         schema_extra={"json_schema_extra": {"format": "int64"}, "examples": [1]},
     )
     user_id: str = Field(max_length=USER_ID_LENGTH, schema_extra={"examples": ["alice"]})
-    title: str = Field(max_length=255, schema_extra={"examples": ["Buy groceries"]})
-    description: str | None = Field(max_length=5000, schema_extra={"examples": ["Milk, eggs, bread"]})
+    title: str = Field(max_length=TITLE_LENGTH, schema_extra={"examples": ["Buy groceries"]})
+    description: str | None = Field(max_length=DESCRIPTION_LENGTH, schema_extra={"examples": ["Milk, eggs, bread"]})
     status: Status = Field(sa_type=String(10), sa_column_kwargs={"server_default": "incomplete"})
     created_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
     updated_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
@@ -79,41 +82,3 @@ class Task(TaskPublic, table=True):
         CheckConstraint("title <> ''"),
         CheckConstraint("status IN ('incomplete', 'complete')"),
     )
-
-
-class Error(SQLModel):
-    """What is wrong, in one sentence, or several joined with "; "."""
-
-    error: str
-
-
-# What is said of a field, or else of the rule that it breaks.
-WRONG = {
-    "task_id": "Task id must be a positive integer",
-    "before": "Before must be a positive integer",
-    "limit": "Limit must be an integer from 1 to 100",
-    "status": "Status must be 'incomplete' or 'complete'",
-}
-BROKEN = {
-    "string_type": "{} must be a string",
-    "string_too_short": "{} cannot be empty",
-    "string_too_long": "{} must be {max_length} characters or less",
-    "string_pattern_mismatch": "{} must not contain NUL characters",
-    "string_unicode": "{} must not contain lone surrogates",
-}
-
-
-def sentence(error: Mapping[str, Any], method: str) -> str:
-    """Says what is wrong, and never what was sent. Where no sentence of ours does, pydantic's does."""
-    where, rule, message, sent = error["loc"], error["type"], error["msg"], error["input"]
-    if rule == "json_invalid":
-        return "Body must be valid JSON"
-    if where == ("body",):
-        if isinstance(sent, bytes):  # as FastAPI leaves what is not declared as JSON
-            return "Content-Type must be application/json"
-        return "Body must be a JSON object" if rule in ("missing", "model_attributes_type") else message
-    field = str(where[1])
-    if field == "title" and (sent is None or rule in ("missing", "string_too_short")):
-        return "Title is required" if method == "POST" else "Title cannot be empty"
-    template = WRONG.get(field) or BROKEN.get(rule, "{}: {msg}")
-    return template.format(field.replace("_", " ").capitalize(), **error.get("ctx", {}) | {"msg": message})
