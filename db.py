@@ -41,7 +41,7 @@ MAX_AGE = 300  # seconds after which a connection is not used again: its server 
 KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 5, "keepalives_count": 3}  # seconds, not libpq's two hours
 # The start adds the URL's. A transaction pooler gives each statement any server: none can be prepared on one.
 conninfo: dict[str, Any] = KEEPALIVE | {"connect_timeout": 10, "prepare_threshold": None}
-os.environ |= {"PGCLIENTENCODING": "UTF8", "PGDATESTYLE": "ISO", "PGTZ": "UTC"}  # over the database's own settings
+os.environ |= {"PGDATESTYLE": "ISO", "PGTZ": "UTC"}  # which libpq sends, over the database's own settings
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -143,7 +143,7 @@ def parse(url: str) -> dict[str, Any]:
             host, port = str(parameters.get("host", "")), str(parameters.get("port", 5432))
             # Otherwise they are pieces of a password whose @ or / was not percent-encoded, for the log to show.
             if "@" not in host and not port.strip("0123456789,"):
-                return parameters
+                return parameters | {"client_encoding": "UTF8"}
     problem = "is not a PostgreSQL URL" if url else "is not set"
     raise StartupError(
         f"DATABASE_URL {problem}: set it to postgresql://user:password@host/database, "
