@@ -181,11 +181,11 @@ SERVER_USER = "embedded_postgres"  # in place of root, as whom PostgreSQL refuse
 # the system takes back however the process ends. Who has the lock alone stops the server; who comes then has to wait.
 KEEPER = """
 import fcntl, pathlib, signal, subprocess
-signal.signal(15, signal.SIG_IGN)  # of a "killall python", which means the app
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a "killall python", which means the app
 server = subprocess.Popen({command!r}, close_fds=False, **{as_user!r})
 users = open({users!r})
 fcntl.flock(users, fcntl.LOCK_EX)
-server.send_signal(2)
+server.send_signal(signal.SIGINT)  # for PostgreSQL, a fast shutdown
 server.wait()
 pathlib.Path({sockets!r}).unlink(missing_ok=True)
 """
