@@ -223,11 +223,10 @@ async def all_pages(
     while page:
         # Before the yield, because json_array() empties the page.
         is_last = len(page) < PAGE
-        before = {"before": page[-1]["id"]}
+        filters = filters | {"before": page[-1]["id"]}
         yield page
         if is_last:
             break
-        filters = filters | before
         page = await run(list_by(*filters), user_id=user_id, limit=PAGE, **filters)
 
 
@@ -272,7 +271,7 @@ async def read_task(user_id: UserId, task_id: TaskId) -> Response:
 
 @router.put("/{task_id}", response_model=TaskPublic)
 async def update_task(user_id: UserId, task_id: TaskId, task: TaskUpdate) -> Response:
-    """Changes what you send, leaves the rest. A `null` description clears it."""
+    """Changes what you send. A `null` description clears it. The last write wins."""
     changes = task.model_dump()
     statement = with_values(UPDATE, *changes)
     return TaskResponse(await one_task(statement, user_id=user_id, task_id=task_id, **changes))
