@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import iter_route_contexts
 from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi.security.base import SecurityBase
 from pydantic import MISSING, BaseModel, Field
 from pydantic_core import to_json
 from sqlalchemy import (
@@ -28,6 +29,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,8 +41,9 @@ from models import USER_ID_LENGTH, Status, Task, TaskCreate, TaskId, TaskPublic,
 MAX_BODY = 128 * 1024
 # Tasks that a client may ask for at once.
 MAX_LIMIT = 100
-# A list without a limit is read in pages, and sent in pieces, of so many tasks.
+# Tasks that are read at once, by one statement, for a list without a limit.
 PAGE = 50
+# Tasks of a page that are sent at once.
 PIECE = 5
 
 
@@ -60,19 +63,9 @@ async def current_user(request: Request) -> Any:
 
 
 def as_utf8(header: str) -> str:
-    # Starlette decodes headers as Latin-1, but uvicorn decodes the path as UTF-8, and the two must
-    # be equal. Bytes that are not UTF-8 become surrogates here. In a path, uvicorn replaces them.
+    # uvicorn decodes the path as UTF-8. Starlette decodes headers as Latin-1: Zoë comes as "ZoÃ«".
+    # Bytes that are not UTF-8 become surrogates here, which no path has.
     return header.encode("latin-1").decode(errors="surrogateescape")
-
-
-async def owner_only(request: Request, user: Annotated[Any, Depends(current_user)]) -> None:
-    """Closes a route to all but the user in its path, also where current_user is replaced."""
-    user_id = as_user_id(user)
-    if user_id is None:
-        raise HTTPException(401, "Authentication required", {"WWW-Authenticate": "Bearer"})
-    if user_id != request.path_params["user_id"]:
-        # The same answer as for any unknown path.
-        raise HTTPException(404)
 
 
 def as_user_id(user: Any) -> str | None:
@@ -91,6 +84,35 @@ def as_user_id(user: Any) -> str | None:
     return user
 
 
+scheme: APIKeyHeader | HTTPBearer
+if USER_ID_HEADER:
+    HOW_TO_AUTHENTICATE = f"The header `{USER_ID_HEADER}` says who is asking."
+    scheme = APIKeyHeader(name=USER_ID_HEADER)
+else:
+    HOW_TO_AUTHENTICATE = "A token says who is asking: `Authorization: Bearer …`."
+    scheme = HTTPBearer()
+
+
+class OwnerOnly(SecurityBase):
+    """Closes a route to all but the user in its path, whatever replaces current_user.
+
+    As a SecurityBase, it also says in the OpenAPI document how to authenticate, for "Authorize" in
+    /docs and for generated clients. (A second dependency for that would take 3% more CPU.)
+    """
+
+    # What FastAPI takes into the document.
+    model = scheme.model
+    scheme_name = scheme.scheme_name
+
+    async def __call__(self, request: Request, user: Annotated[Any, Depends(current_user)]) -> None:
+        user_id = as_user_id(user)
+        if user_id is None:
+            raise HTTPException(401, "Authentication required", {"WWW-Authenticate": "Bearer"})
+        if user_id != request.path_params["user_id"]:
+            # The same answer as for any unknown path.
+            raise HTTPException(404)
+
+
 # The API
 
 
@@ -98,19 +120,11 @@ class ErrorResponse(BaseModel):
     error: str
 
 
-if USER_ID_HEADER:
-    HOW_TO_AUTHENTICATE = f"The header `{USER_ID_HEADER}` says who is asking."
-    security_scheme: APIKeyHeader | HTTPBearer = APIKeyHeader(name=USER_ID_HEADER, auto_error=False)
-else:
-    HOW_TO_AUTHENTICATE = "A token says who is asking: `Authorization: Bearer …`."
-    security_scheme = HTTPBearer(auto_error=False)
-
 router = APIRouter(
     # A user id may hold slashes, and even "/tasks": the last one in the path counts.
     prefix="/api/{user_id:path}/tasks",
-    # The scheme is for the OpenAPI document: "Authorize" in /docs, and generated clients.
-    dependencies=[Depends(owner_only), Depends(security_scheme)],
-    # FastAPI adds a 422, which is a 400 here, unless "422", "4XX" or "default" is among these.
+    dependencies=[Depends(OwnerOnly())],
+    # "default" keeps FastAPI from adding a 422, which is a 400 here.
     responses={status: {"model": ErrorResponse} for status in (400, 401, 404, "default")},
     tags=["tasks"],
     # Generated clients name their functions after ours.
@@ -118,8 +132,8 @@ router = APIRouter(
 )
 
 
-# The statements. They are constants, or cached, because db.py compiles each of them once. Their
-# parameters (`bindparam`) get values in run().
+# The statements. Each is made once, as a constant or by a cached function, because db.py compiles
+# each object once. Their parameters (`bindparam`) get values in run().
 
 # SQLAlchemy Core's table: the ORM has no part in these statements.
 tasks = Task.metadata.tables["task"]
@@ -130,26 +144,27 @@ ONE_TASK = OWNED & (tasks.c.id == bindparam("task_id"))
 LIST = select(*PUBLIC).where(OWNED).order_by(tasks.c.id.desc()).limit(bindparam("limit"))
 CREATE = insert(tasks).returning(*PUBLIC)
 READ = select(*PUBLIC).where(ONE_TASK)
-# now() is when the statement began. It may have waited since, for an update that began at a later
-# time: updated_at is that time now, and stays.
+# now() is when the statement began (in autocommit). If it began at 12:00:00, and waited for another
+# update of the task that began at 12:00:01, updated_at stays at 12:00:01.
 UPDATE = (
     update(tasks)
     .where(ONE_TASK)
     .values(updated_at=func.greatest(tasks.c.updated_at, func.now()))
     .returning(*PUBLIC)
 )
-# (SELECT now() WHERE task.status != 'complete') is NULL for a complete task, and greatest() ignores
-# NULL. A CASE would be plainer, but Citus refuses now() in a CASE.
-now_unless_complete = (
+# In SQL: (SELECT now() WHERE task.status != 'complete'). For a complete task it is NULL, which
+# greatest() ignores. A CASE would be plainer, but Citus refuses now() in a CASE.
+# correlate() makes `task` the row that is updated. Otherwise SQLAlchemy would add FROM task.
+NOW_UNLESS_COMPLETE = (
     select(func.now()).where(tasks.c.status != Status.COMPLETE).correlate(tasks).scalar_subquery()
 )
-# As UPDATE, whose updated_at is replaced.
+# UPDATE with another updated_at: a second values() replaces what the first one says of a column.
 COMPLETE = UPDATE.values(
-    status=Status.COMPLETE, updated_at=func.greatest(tasks.c.updated_at, now_unless_complete)
+    status=Status.COMPLETE, updated_at=func.greatest(tasks.c.updated_at, NOW_UNLESS_COMPLETE)
 )
 DELETE = delete(tasks).where(ONE_TASK).returning(tasks.c.id)
 
-# What a list may be filtered by: the names are those of TaskQuery.
+# What a list may be filtered by. A name is that of a field of TaskQuery and of a parameter.
 FILTERS = {
     "status": tasks.c.status == bindparam("status"),
     "before": tasks.c.id < bindparam("before"),
@@ -164,8 +179,10 @@ def list_by(*names: str) -> Select[Any]:
 
 @lru_cache
 def with_values(statement: Insert | Update, *columns: str) -> Insert | Update:
-    """CREATE or UPDATE, which sets these columns to parameters of the same names. It is the same
-    object each time, which db.py compiles once."""
+    """CREATE or UPDATE, which sets these columns to parameters of the same names.
+
+    with_values(UPDATE, "title") is UPDATE task SET title = :title, updated_at = greatest(…) …
+    """
     return statement.values({column: bindparam(column) for column in columns})
 
 
@@ -179,7 +196,7 @@ async def one_task(statement: ClauseElement, /, **values: Any) -> dict[str, Any]
 
 # The routes
 
-# These bounds are for the OpenAPI document: owner_only has checked the user in the path.
+# These bounds are for the OpenAPI document: OwnerOnly has checked the user in the path.
 UserId = Annotated[str, Field(min_length=1, max_length=USER_ID_LENGTH)]
 Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 
@@ -206,40 +223,36 @@ class TaskResponse(JSONResponse):
 @router.get("", response_model=list[TaskPublic])
 async def list_tasks(user_id: UserId, query: Annotated[TaskQuery, Query()]) -> Response:
     """Newest first. With `limit` they come in pages: `before` is the last id of the page before."""
+    # The filters that were sent, once the limit is out.
     filters = query.model_dump()
     limit = filters.pop("limit", None)
     page = await run(list_by(*filters), user_id=user_id, limit=limit or PAGE, **filters)
     is_whole_answer = limit is not None or len(page) < PAGE
     if is_whole_answer:
         return TaskResponse(page)
-    pages = all_pages(page, user_id, filters)
-    return StreamingResponse(json_array(pages), media_type="application/json")
+    array = json_array(page, user_id, filters)
+    return StreamingResponse(array, media_type="application/json")
 
 
-async def all_pages(
+async def json_array(
     page: list[dict[str, Any]], user_id: str, filters: dict[str, Any]
-) -> AsyncIterator[list[dict[str, Any]]]:
-    """`page` and all after it. Each is read when the one before has been sent."""
-    while page:
-        # Before the yield, because json_array() empties the page.
-        is_last = len(page) < PAGE
-        filters = filters | {"before": page[-1]["id"]}
-        yield page
-        if is_last:
-            break
-        page = await run(list_by(*filters), user_id=user_id, limit=PAGE, **filters)
+) -> AsyncIterator[bytes]:
+    """The tasks of `page` and of all pages after it, as one JSON array, in pieces.
 
-
-async def json_array(pages: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
-    """The tasks of all pages as one JSON array, in pieces."""
+    A page is emptied while it is sent, because the client may stop reading at any piece.
+    """
     yield b"["
     separator = b""
-    async for page in pages:
+    while page:
+        is_last_page = len(page) < PAGE
+        filters = filters | {"before": page[-1]["id"]}
         while page:
             yield separator + b",".join(to_json(task) for task in page[:PIECE])
             separator = b","
-            # What is sent is freed: a client that stops reading holds one page at most.
             del page[:PIECE]
+        if is_last_page:
+            break
+        page = await run(list_by(*filters), user_id=user_id, limit=PAGE, **filters)
     yield b"]"
 
 
@@ -277,7 +290,7 @@ async def update_task(user_id: UserId, task_id: TaskId, task: TaskUpdate) -> Res
     return TaskResponse(await one_task(statement, user_id=user_id, task_id=task_id, **changes))
 
 
-# Not the default JSONResponse, which would declare the empty body as JSON.
+# With FastAPI's default, JSONResponse, the empty body would have the Content-Type application/json.
 @router.delete("/{task_id}", status_code=204, response_class=Response)
 async def delete_task(user_id: UserId, task_id: TaskId) -> None:
     """Deletes it for good: afterwards the task is not found."""
@@ -296,7 +309,7 @@ async def complete_task(user_id: UserId, task_id: TaskId) -> Response:
 def error_response(
     status: int, detail: Any, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """`{"error": "…"}`. A detail of a layer's that is no string is shown as its JSON text."""
+    """`{"error": "…"}`. A detail that is no string, of somebody's HTTPException, becomes JSON."""
     text = detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()
     return JSONResponse({"error": text}, status, headers)
 
@@ -306,20 +319,24 @@ async def http_error(_: Request, error: HTTPException) -> JSONResponse:
 
 
 async def method_not_allowed(request: Request, error: HTTPException) -> JSONResponse:
-    """Names the methods of all routes with this path, where Starlette names those of one."""
+    """Names all methods of the path. Starlette names those of one route, and each of ours has one.
+
+    An error that a route or a mounted app has raised itself keeps its headers.
+    """
     methods: set[str] = set()
-    # FastAPI's list of all routes, with those of included routers.
+    # All routes, with those of included routers.
     for route in iter_route_contexts(request.app.routes):
         match, _ = route.matches(request.scope)
+        # FULL: the path and the method fit, so this route has run, and has raised the error.
         if match == Match.FULL:
-            # Path and method fit: the route itself has raised this error.
             return error_response(405, error.detail, error.headers)
+        # PARTIAL: only the path fits.
         if match == Match.PARTIAL:
-            # The path fits, the method does not.
             methods |= route.methods or set()
-    # No path fits where a mounted app has raised this error.
-    headers = {"Allow": ", ".join(sorted(methods))} if methods else error.headers
-    return error_response(405, error.detail, headers)
+    # Nothing fits when a mounted app has raised the error, because its mount has changed the scope.
+    if not methods:
+        return error_response(405, error.detail, error.headers)
+    return error_response(405, error.detail, {"Allow": ", ".join(sorted(methods))})
 
 
 async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -364,7 +381,7 @@ async def database_unavailable(_: Request, error: psycopg.Error) -> JSONResponse
 
 
 async def unforeseen(_: Request, __: Exception) -> JSONResponse:
-    # Starlette raises the error again, and the server logs it.
+    # After this answer, Starlette raises the error again, and uvicorn logs it.
     return error_response(500, "Internal server error")
 
 
@@ -373,9 +390,18 @@ async def unforeseen(_: Request, __: Exception) -> JSONResponse:
 
 class TaskAPI(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
-        # NoStore and CORS go around everything, also around what answers a 500 and around an
-        # authentication layer, where add_middleware() cannot put them. So every answer has their
-        # headers. And CORS itself answers a preflight request, which never has credentials.
+        # From the outside to the inside, where each hands a request on to the next:
+        #
+        #   CORSMiddleware
+        #   NoStore
+        #   Starlette's ServerErrorMiddleware, which calls unforeseen()
+        #   what add_middleware() adds: an authentication of yours, BodyLimit
+        #   Starlette's ExceptionMiddleware, which calls the other exception handlers
+        #   the routes
+        #
+        # So every answer has the headers of the first two, which add_middleware() could not put
+        # there. And CORS answers preflight requests, which have no credentials, before any
+        # authentication.
         stack: ASGIApp = NoStore(super().build_middleware_stack())
         if ALLOWED_ORIGINS:
             stack = CORSMiddleware(
@@ -391,8 +417,10 @@ class TaskAPI(FastAPI):
 
 
 class NoStore:
-    """Forbids caches to keep answers: a shared one knows nothing of the header that names the
-    user, and would show one user's tasks to another.
+    """Forbids caches to keep an answer.
+
+    A shared cache knows nothing of the header that names the user, and would show one user's tasks
+    to another.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -401,8 +429,8 @@ class NoStore:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_uncached(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = message.get("headers", ())
-                message["headers"] = [*headers, (b"cache-control", b"no-store")]
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message)["Cache-Control"] = "no-store"
             await send(message)
 
         await self.app(scope, receive, send_uncached)
@@ -411,8 +439,8 @@ class NoStore:
 class BodyLimit:
     """Ends a request whose body is over MAX_BODY, when that much has arrived.
 
-    Its error is raised where FastAPI reads the body for a route, so that http_error() answers it.
-    FastAPI's own max_body_size answers a body of a declared length in plain text.
+    FastAPI calls receive_limited() where it reads the body for a route, and passes an HTTPException
+    on to http_error(). FastAPI's own max_body_size answers a declared length in plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -434,7 +462,7 @@ class BodyLimit:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    # The embedded database means somebody's own machine.
+    # With the embedded database, this is a developer's own machine.
     if USER_ID_HEADER and DATABASE_URL != "embedded":
         logger.warning(
             "USER_ID_HEADER is set: let only a proxy that sets %s reach this app. "
@@ -452,7 +480,8 @@ app = TaskAPI(
     description=f"Each user's own to-do list. {HOW_TO_AUTHENTICATE} {PATHS} {ERRORS}",
     lifespan=lifespan,
     redirect_slashes=False,
-    # A status comes before a class, and a class before those that it inherits from.
+    # Starlette looks for the error's status first, then for its class, then for that one's bases.
+    # The order here does not matter.
     exception_handlers={
         HTTPException: http_error,
         405: method_not_allowed,
@@ -464,7 +493,6 @@ app = TaskAPI(
         Exception: unforeseen,
     },
 )
-# Inside, so that http_error() can answer its error.
 app.add_middleware(BodyLimit)
 app.include_router(router)
 

@@ -20,8 +20,8 @@ MAX_ID = 2**63 - 1
 
 # PostgreSQL cannot store the character NUL.
 NO_NUL = r"^[^\x00]*$"
-# At least one character is not white space. Trimming makes sure of that, but the OpenAPI document
-# cannot say that a title is trimmed.
+# At least one character is not white space. A title is trimmed and has a min_length, but the
+# OpenAPI document cannot say that it is trimmed.
 NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 
 # What a value may be. pydantic's Field describes a value. SQLModel's Field, further down, makes a
@@ -48,6 +48,10 @@ class Status(StrEnum):
     COMPLETE = "complete"
 
 
+# The length of the longest status.
+STATUS_LENGTH = max(len(status) for status in Status)
+
+
 class TaskCreate(SQLModel):
     """A new task. Other fields are ignored."""
 
@@ -61,7 +65,8 @@ class TaskUpdate(SQLModel):
     # Tells the OpenAPI document what changes_something() checks.
     model_config = {"json_schema_extra": {"minProperties": 1}}
 
-    # MISSING is pydantic's word for a field that was not sent. model_dump() leaves such fields out.
+    # MISSING is pydantic's marker of a field that was not sent: model_dump() leaves it out. None is
+    # a null, which clears the description.
     title: Title | MISSING = MISSING
     description: Description | MISSING | None = MISSING
     status: Status | MISSING = MISSING
@@ -70,7 +75,8 @@ class TaskUpdate(SQLModel):
     def changes_something(self) -> Self:
         if not self.model_fields_set:
             names = ", ".join(type(self).model_fields)
-            # main.py knows it by "no_changes". A ValueError's text would begin "Value error, ".
+            # By "no_changes", what_is_wrong() in main.py knows that this is about no single field.
+            # A ValueError's text would begin with "Value error, ".
             raise PydanticCustomError("no_changes", f"Send at least one of {names}")
         return self
 
@@ -80,6 +86,8 @@ class TaskPublic(SQLModel):
 
     # Each line is a field of the answers and, because Task inherits it, a column of the table.
     # SQLModel passes `schema_extra` on to pydantic's Field, as arguments.
+    # `id` is no TaskId, because FastAPI rounds TaskId's maximum in a schema (not in a parameter) of
+    # the OpenAPI document. Java that is generated from it would not compile.
     id: int = Field(
         sa_type=BigInteger,
         sa_column_args=[Identity(always=True)],
@@ -88,13 +96,12 @@ class TaskPublic(SQLModel):
     user_id: str = Field(max_length=USER_ID_LENGTH, schema_extra={"examples": ["alice"]})
     title: str = Field(max_length=TITLE_LENGTH, schema_extra={"examples": ["Buy groceries"]})
     description: str | None = Field(max_length=DESCRIPTION_LENGTH)
-    # A VARCHAR, which the start (db.py) lengthens for a longer status. An Enum would need an ALTER
-    # TYPE by hand.
+    # A VARCHAR. For a longer status, update_columns() in db.py lengthens it. An Enum would need an
+    # ALTER TYPE by hand.
     status: Status = Field(
-        sa_type=String(max(map(len, Status))),
-        sa_column_kwargs={"server_default": Status.INCOMPLETE.value},
+        sa_type=String(STATUS_LENGTH), sa_column_kwargs={"server_default": Status.INCOMPLETE.value}
     )
-    # SQLModel's column for a datetime is a timestamptz.
+    # The column is a timestamptz (SQLModel's UTCDateTime).
     created_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
     # The updates in main.py set it.
     updated_at: datetime = Field(sa_column_kwargs={"server_default": func.now()})
@@ -103,7 +110,7 @@ class TaskPublic(SQLModel):
 class Task(TaskPublic, table=True):
     """The table. Its key begins with the owner, so that one index serves every query.
 
-    It has no CHECKs: the rules stand above, once, so that a changed one needs no work by hand.
+    It has no CHECKs: the rules stand above, once. A CHECK would need an ALTER TABLE for a change.
     """
 
     __table_args__ = (PrimaryKeyConstraint("user_id", "id"),)
