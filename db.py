@@ -1,6 +1,6 @@
 """Where tasks live: settings, how a statement runs, the start, and last the embedded server.
 
-This module needs Linux or macOS.
+This module needs Linux or macOS, for fcntl and pwd.
 """
 
 import asyncio
@@ -10,12 +10,15 @@ import json
 import logging
 import os
 import pwd
+import re
 import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from importlib.metadata import distribution
@@ -33,11 +36,11 @@ from sqlalchemy import (
     ClauseElement,
     Connection,
     NullPool,
+    String,
     Table,
     create_engine,
     exc,
     inspect,
-    make_url,
 )
 from sqlalchemy.schema import CreateColumn
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -56,8 +59,8 @@ def setting(name: str) -> str:
 
 
 DATABASE_URL = setting("DATABASE_URL")
-# A text, which start() checks. 20 connections x 2 processes x 2 while a deploy overlaps = 80, of
-# the 97 that Neon's smallest compute allows.
+# Connections that a process opens at most, as a string, which start() checks. 20 x 2 processes x 2
+# while a deploy overlaps = 80, of the 97 that Neon's smallest compute allows.
 POOL_SIZE = setting("POOL_SIZE") or "20"
 USER_ID_HEADER = setting("USER_ID_HEADER")
 # An origin has no slash at its end.
@@ -67,27 +70,28 @@ ALLOWED_ORIGINS = [
 
 # Seconds that a statement may take, the wait for a free connection included.
 TIMEOUT = 10
-# Seconds that a start waits for the database.
+# Seconds in which a start tries to reach the database, again and again.
 START_PATIENCE = 15
-# Seconds that a start's ALTER TABLE waits for a lock. The running version's statements queue behind
-# the ALTER TABLE, so it is given up after that, and tried again a second later.
-LOCK_PATIENCE = 2
-# Seconds that any statement of a start may take: see update_tables().
-STATEMENT_PATIENCE = 3
-# "task" in ASCII.
+# Seconds after these, in which the last try must have ended.
+LAST_TRY = 3
+# Seconds that a statement of a try may take, the wait for a lock included. While an ALTER TABLE
+# waits, the running version's statements wait behind it. So the try ends, and the next is a second
+# later.
+ALTER_PATIENCE = 2
+# The number of an advisory lock: "task" in ASCII.
 START_LOCK = 0x7461736B
 
 CONNECTION_DEFAULTS = {
-    # Seconds for each address of a host. psycopg tries them in turn, so a request gets to a second
-    # address in time: 4 + 4 < TIMEOUT.
+    # Seconds for each address of a host, which psycopg tries in turn. 4 + 4 < TIMEOUT: a request
+    # gets to a second address in time.
     "connect_timeout": 4,
     # A peer that is silent for 30 s is asked for a sign of life, every 5 s, 3 times. The system's
     # default is to ask after two hours.
     "keepalives_idle": 30,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    # None: psycopg prepares no statements. A transaction pooler may run a prepared one on another
-    # server connection than the one that prepared it.
+    # None: psycopg prepares no statements. A transaction pooler may run the next statement on
+    # another server connection, which has not prepared it.
     "prepare_threshold": None,
 }
 
@@ -104,21 +108,22 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-# How a statement runs: SQLAlchemy compiles it, once, and psycopg runs it on the event loop.
-# SQLAlchemy's engine could run it, too, but costs a third more CPU (in threads; its asyncio engine
-# was slower still).
+# How a statement runs: SQLAlchemy compiles it, once, and psycopg runs it on the event loop, and
+# converts its values. SQLAlchemy's own engine could run it, too. In threads, it took a third more
+# CPU a request. Its asyncio engine took even more.
 
-dialect_class = make_url("postgresql+psycopg://").get_dialect()
-DIALECT = dialect_class()
-# For JSONB fields that you add: psycopg takes all usual types but dict.
+# For compiling alone. It opens nothing.
+DIALECT = create_engine("postgresql+psycopg://").dialect
+# For JSONB fields, which you may add: psycopg takes all usual types but dict.
 psycopg.adapters.register_dumper(dict, JsonbDumper)
 
 
 class Pool:
     """Connections to the database, `size` at most, for one event loop.
 
-    psycopg_pool was tried: while the database was down, each request waited for the pool's whole
-    timeout. Here each request makes a connection, which fails at once.
+    Why not psycopg_pool: there, a request waits for a connection that a background task makes.
+    While the database is down, it waits for the whole timeout. Here it makes its own, and fails at
+    once.
     """
 
     def __init__(self, parameters: dict[str, Any], size: int) -> None:
@@ -133,8 +138,8 @@ class Pool:
             try:
                 rows = await fetch_all(connection, sql, values)
             except BaseException:
-                # After a failover or a cancelled wait, only a new connection is sure to work. After
-                # any other error, too, a new one is made: errors are rare.
+                # After a failover or a cancelled statement, only a new connection is sure to work.
+                # Errors are rare, so this does not ask which one it is.
                 await connection.close()
                 raise
             self.idle.append(connection)
@@ -144,9 +149,10 @@ class Pool:
         """An idle connection, or else a new one."""
         while self.idle:
             connection = self.idle.pop()
-            if has_nothing_to_read(connection):
+            if is_as_it_was_left(connection):
                 return connection
             await connection.close()
+        # run() ends this loop after TIMEOUT.
         while True:
             try:
                 # A request is one statement: in autocommit that is one round trip.
@@ -154,19 +160,23 @@ class Pool:
                     **self.parameters, autocommit=True, row_factory=dict_row
                 )
             except psycopg.errors.ConnectionTimeout:
-                # The database may be waking up. TIMEOUT ends the tries.
+                # psycopg raises it if all addresses were silent: the database may be waking up.
                 continue
 
     async def close(self) -> None:
         """Waits until every statement has ended, and closes all connections."""
+        # It takes all slots, and keeps them: then nothing runs, and nothing starts.
         for _ in range(self.size):
             await self.slots.acquire()
         for connection in self.idle:
             await connection.close()
 
 
-def has_nothing_to_read(connection: AsyncConnection[DictRow]) -> bool:
-    """Whether an idle connection is as it was left. If not, the server has closed it, as a rule."""
+def is_as_it_was_left(connection: AsyncConnection[DictRow]) -> bool:
+    """Whether the server has sent nothing on an idle connection.
+
+    What it sends unasked is taken for its good-bye: at worst a good connection is replaced.
+    """
     # Not select.select(), which fails for descriptors above 1023.
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
@@ -175,13 +185,13 @@ def has_nothing_to_read(connection: AsyncConnection[DictRow]) -> bool:
 
 
 async def fetch_all(connection: AsyncConnection[DictRow], sql: str, values: Any) -> list[DictRow]:
-    """Runs a statement until other transactions let it through."""
+    """Runs a statement, again if the database aborts it for another transaction's sake."""
     while True:
         try:
             cursor = await connection.execute(sql, values)
             return await cursor.fetchall()
         except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
-            # The database has rolled it back, because of them. TIMEOUT ends the tries.
+            # run() ends the tries after TIMEOUT.
             await asyncio.sleep(0.01)
 
 
@@ -192,43 +202,37 @@ pools: dict[asyncio.AbstractEventLoop, Pool] = {}
 
 @lru_cache
 def compiled(statement: ClauseElement) -> SQLCompiler:
-    """Compiling costs more than running. The cache knows a statement by its identity: main.py's
-    statements are constants, or cached themselves."""
+    """Compiling costs more than running. This cache knows a statement object, not its text. So
+    main.py makes each of its statements once."""
     return cast(SQLCompiler, statement.compile(dialect=DIALECT))
-
-
-def sql_and_values(statement: ClauseElement, values: dict[str, Any]) -> tuple[str, Any]:
-    query = compiled(statement)
-    if query.post_compile_params:
-        # One with an `in_`, which you may add: SQLAlchemy writes its list out for each call.
-        expanded = query.construct_expanded_state(values)
-        return expanded.statement, expanded.parameters
-    return query.string, query.construct_params(values)
 
 
 async def run(statement: ClauseElement, /, **values: Any) -> list[DictRow]:
     """The rows that one statement returns, with these values for its parameters.
 
     An INSERT, UPDATE or DELETE needs a RETURNING. Raises psycopg.Error if the database fails, or
-    has not answered within TIMEOUT seconds. The statement is then cancelled, as it is when the
-    caller is.
+    has not answered within TIMEOUT seconds: the statement is then cancelled. It is also cancelled
+    when the caller is.
     """
     pool = pools.get(asyncio.get_running_loop())
     if pool is None:
         raise psycopg.OperationalError(
             "the app has not been started on this event loop: use `with TestClient(app)`, "
-            "or run the app's lifespan in that of the app that mounts it"
+            "or, if another app mounts it, run its lifespan in the other app's lifespan"
         )
-    # In a task of its own, which goes on after a cancel: psycopg waits up to 5 s for the server to
-    # take the cancel, and up to 5 s for its effect. The request does not wait for that.
-    task = asyncio.create_task(pool.execute(*sql_and_values(statement, values)))
+    # SQLAlchemy's "expanded state" is the SQL and its parameters, where each value of an
+    # in_([1, 2]) has become a parameter.
+    expanded = compiled(statement).construct_expanded_state(values)
+    # In a task of its own, which may outlive the request: cancelling the statement in the server
+    # can take psycopg some seconds. The request does not wait for that, but Pool.close() does.
+    task = asyncio.create_task(pool.execute(expanded.statement, expanded.parameters))
     try:
         await asyncio.wait([task], timeout=TIMEOUT)
         if not task.done():
             raise psycopg.OperationalError(f"no answer within {TIMEOUT} s")
         return task.result()
     finally:
-        # If it is done, this does nothing.
+        # Does nothing to a task that is done.
         task.cancel()
 
 
@@ -241,14 +245,14 @@ async def open_database() -> AsyncIterator[None]:
     try:
         pool = await start()
     except StartupError:
-        # uvicorn logs the traceback of what ends a start, and ends. With a limit of 0, the
-        # traceback is the error's one line.
+        # Starlette logs the traceback of what ends a start, and uvicorn ends. With a limit of 0,
+        # the traceback is the error's one line.
         sys.tracebacklimit = 0
         raise
     loop = asyncio.get_running_loop()
     pools[loop] = pool
-    # The garbage collector will not look at what is loaded by now. With 32 clients, p99 was 92 ms
-    # without this line and 41 ms with it.
+    # From now on the garbage collector passes over what is loaded. With 32 clients, the slowest 1%
+    # of answers then takes 41 ms, and 92 ms without this line.
     gc.freeze()
     try:
         yield
@@ -260,65 +264,63 @@ async def open_database() -> AsyncIterator[None]:
 async def start() -> Pool:
     """A pool for DATABASE_URL, whose table is there and up to date. Raises StartupError."""
     if not POOL_SIZE.isdecimal() or int(POOL_SIZE) < 1:
-        raise StartupError("POOL_SIZE is not a number from 1: set it, or leave it out for 20")
+        raise StartupError("POOL_SIZE is not a positive number: set it, or leave it out for 20")
     url = embedded_database() if DATABASE_URL == "embedded" else DATABASE_URL
     parameters = CONNECTION_DEFAULTS | parse(url)
-    # Whatever the database's own settings are: libpq reads these variables at each connect, and
-    # sends them. It could send them as `options`, but PgBouncer refuses those.
+    # libpq reads these variables at each connect, and tells the server. So the database's own
+    # settings do not matter.
     os.environ |= {"PGDATESTYLE": "ISO", "PGTZ": "UTC"}
     await prepare_database(parameters)
     return Pool(parameters, int(POOL_SIZE))
 
 
+# A part of a URL must not have the characters that end it: in a password, @, / and ? must be
+# percent-encoded. From postgresql://user:12/word@host, libpq would take the host `user` and the
+# database `word@host`, and an error of the database would show that in the log.
+HOST = r"(\[[^\]]*\]|[^@/?:,]*) (:\d*)?"
+URL = re.compile(
+    rf"""
+    (postgres|postgresql|postgresql\+psycopg)://
+    ([^@/?]*@)?              # user:password@
+    {HOST} (,{HOST})*        # host:port,host:port
+    (/[^@/?]*)?              # /database
+    (\?(?P<query>.*))?       # ?parameters
+    """,
+    re.VERBOSE,
+)
+
+
 def parse(url: str) -> dict[str, Any]:
     """libpq's parameters out of a PostgreSQL URL. Raises StartupError."""
     advice = (
-        "set it to postgresql://user:password@host/database, "
-        "or to embedded for a private database on this machine"
+        "set it to postgresql://user:password@host/database (with @, / and ? in the password as "
+        "%40, %2F and %3F), or to embedded for a private database on this machine"
     )
     if not url:
         raise StartupError(f"DATABASE_URL is not set: {advice}")
-    not_a_url = StartupError(f"DATABASE_URL is not a PostgreSQL URL: {advice}")
-    scheme, _, rest = url.partition("://")
-    if scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
-        raise not_a_url
-    address, _, query = rest.partition("?")
-    if not is_address(address):
-        raise not_a_url
+    not_a_url = f"DATABASE_URL is not a PostgreSQL URL: {advice}"
+    match = URL.fullmatch(url)
+    if not match:
+        raise StartupError(not_a_url)
+    _, _, rest = url.partition("://")
+    query = match["query"] or ""
     try:
+        # libpq does not know the scheme postgresql+psycopg.
         parameters = conninfo_to_dict(f"postgresql://{rest}")
     except psycopg.ProgrammingError:
         name = unknown_parameter(query)
-        # In user:pass?word@host or ?password=pass&word, it is a piece of a password: not logged.
-        if name is None or "@" in query or "password" in query:
-            raise not_a_url from None
+        # In ?password=a&b and in user:1/a?b@host, it may be a piece of a password, which must not
+        # get into the log.
+        if name is None or "password" in query or "@" in query:
+            raise StartupError(not_a_url) from None
         raise StartupError(
             f"DATABASE_URL has a parameter that PostgreSQL does not know, {name}: remove it"
         ) from None
     return parameters | {"client_encoding": "UTF8"}
 
 
-def is_address(text: str) -> bool:
-    """Whether libpq reads `text` as `user:password@host:port/database`.
-
-    If the password holds an @ or / that is not percent-encoded, libpq takes the rest of it for the
-    host, the port or the database. Errors would name those, and go to the log.
-    """
-    _, _, database = text.partition("/")
-    if "@" in database:
-        return False
-    try:
-        parameters = conninfo_to_dict(f"postgresql://{text}")
-    except psycopg.ProgrammingError:
-        return False
-    # Several hosts have several ports: "5432,5433".
-    ports = str(parameters.get("port", "")).split(",")
-    ports_are_numbers = all(port.isdecimal() for port in ports if port)
-    return ports_are_numbers and "@" not in str(parameters.get("host", ""))
-
-
 def unknown_parameter(query: str) -> str | None:
-    """The first parameter that libpq does not know, such as `pgbouncer` of other tools."""
+    """The first parameter that libpq does not know, such as `schema` of other tools."""
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     unknown = [name for name, _ in parse_qsl(query) if name not in known]
     return unknown[0] if unknown else None
@@ -327,21 +329,20 @@ def unknown_parameter(query: str) -> str | None:
 async def prepare_database(parameters: dict[str, Any]) -> None:
     """Waits for the database, and brings its tables up to date. Raises StartupError.
 
-    While it cannot be reached, or a lock is in the way, it is tried for START_PATIENCE seconds.
+    While it cannot be reached, or a lock is in the way, it tries for START_PATIENCE seconds.
     """
     pause = 1
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_PATIENCE
     while True:
         try:
-            async with asyncio.timeout_at(deadline):
-                await check_encoding(parameters)
-            # This blocks the event loop. It comes second, to a database that has just answered.
-            update_tables(parameters)
+            async with asyncio.timeout_at(deadline + LAST_TRY):
+                await in_a_thread(update_tables, parameters)
             return
         except (psycopg.Error, TimeoutError) as error:
             why = first_line(error) or "no answer"
-            # No connection, or the end of a lock_timeout or statement_timeout.
+            # No connection, or the end of ALTER_PATIENCE (QueryCanceled), is an OperationalError. A
+            # TimeoutError comes after the deadline.
             may_pass = isinstance(error, psycopg.OperationalError)
         if not may_pass or loop.time() + pause > deadline:
             raise StartupError(f"The database of DATABASE_URL cannot be used: {why}")
@@ -349,36 +350,46 @@ async def prepare_database(parameters: dict[str, Any]) -> None:
         await asyncio.sleep(pause)
 
 
-async def check_encoding(parameters: dict[str, Any]) -> None:
-    """Asks the database for its encoding. Raises StartupError unless it is UTF8."""
-    async with await AsyncConnection.connect(**parameters) as connection:
-        cursor = await connection.execute("SHOW server_encoding")
-        row = await cursor.fetchone()
-    if row != ("UTF8",):
-        raise StartupError("The database of DATABASE_URL does not use the encoding UTF8")
+async def in_a_thread(function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs a function that blocks, for as long as this is not cancelled.
+
+    asyncio.to_thread() would do that, too. But then a process that ends would wait for the
+    function, for ever if the database has fallen silent. It does not wait for a daemon thread.
+    """
+    result: Future[Any] = Future()
+    # Marks it as running, so that a cancel leaves it alone.
+    result.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    await asyncio.wrap_future(result)
 
 
 def update_tables(parameters: dict[str, Any]) -> None:
     """Creates missing tables, and brings an existing `task` up to date, in one transaction.
 
-    Raises StartupError, psycopg.Error.
+    Raises psycopg.Error, and StartupError for a database or a table that does not fit.
     """
     engine = create_engine(
         "postgresql+psycopg://", creator=lambda: psycopg.connect(**parameters), poolclass=NullPool
     )
     try:
         with engine.begin() as connection:
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE}s'")
-            # For what lock_timeout does not end: the wait for a lock on a Citus worker, and a new
-            # column with a default like gen_random_uuid(), which is computed for each row.
-            connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{STATEMENT_PATIENCE}s'")
-            # One process at a time, by a number of this app's own. The lock ends with the
-            # transaction: a session's lock would be lost behind a transaction pooler.
+            if connection.exec_driver_sql("SHOW server_encoding").scalar() != "UTF8":
+                raise StartupError("The database of DATABASE_URL does not use the encoding UTF8")
+            connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{ALTER_PATIENCE}s'")
+            # One process at a time. The lock ends with the transaction: a transaction pooler would
+            # lose a session's lock.
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({START_LOCK})")
             SQLModel.metadata.create_all(connection)
             update_columns(connection, Task.metadata.tables["task"])
     except exc.DBAPIError as error:
-        # psycopg's own error is inside of SQLAlchemy's.
+        # Callers know psycopg's own error, which is inside of SQLAlchemy's.
         if isinstance(error.orig, psycopg.Error):
             raise error.orig from None
         raise
@@ -387,18 +398,19 @@ def update_tables(parameters: dict[str, Any]) -> None:
 def update_columns(connection: Connection, table: Table) -> None:
     """Adds the columns that the table lacks, and lengthens those that have become longer.
 
-    Both take a moment however many rows there are (but for a default that is computed for each
-    row), and an older version of the app can go on beside it. Raises StartupError for any other
-    missing column, and for a table of somebody else's, before it changes anything.
+    Both take a moment however many rows there are, and an older version of the app can go on
+    beside it. Raises StartupError for any other missing column, and for a table of somebody else's,
+    before it changes anything.
     """
     inspector = inspect(connection)
     key = inspector.get_pk_constraint(table.name)["constrained_columns"]
-    # It may have no key: a table that is partitioned over other servers (postgres_fdw) cannot.
+    # One that is partitioned over other servers (postgres_fdw) has no key, and is this app's.
     if key and key != table.primary_key.columns.keys():
         raise StartupError(
             f"The table {table.name} of DATABASE_URL is not this app's: its key is {', '.join(key)}"
         )
     present = {column["name"]: column["type"] for column in inspector.get_columns(table.name)}
+    # Puts quotes around names that need them in SQL.
     quote = connection.dialect.identifier_preparer.quote
     changes = []
     for column in table.columns:
@@ -409,10 +421,10 @@ def update_columns(connection: Connection, table: Table) -> None:
                     f"The table {table.name} of DATABASE_URL has no column {column.name}: "
                     "the start adds only columns that may be null or have a server default"
                 )
-            # For example: ADD COLUMN due_on DATE
+            # For example: ADD COLUMN stars INTEGER DEFAULT '0' NOT NULL
             declaration = CreateColumn(column).compile(dialect=connection.dialect)
             changes.append(f"ADD COLUMN {declaration}")
-        elif is_longer(column.type, present[column.name]):
+        elif is_too_short(present[column.name], column.type):
             # For example: ALTER COLUMN title TYPE VARCHAR(300)
             new_type = column.type.compile(dialect=connection.dialect)
             changes.append(f"ALTER COLUMN {quote(column.name)} TYPE {new_type}")
@@ -420,14 +432,13 @@ def update_columns(connection: Connection, table: Table) -> None:
         connection.exec_driver_sql(f"ALTER TABLE {quote(table.name)} {', '.join(changes)}")
 
 
-def is_longer(new: TypeEngine[Any], old: TypeEngine[Any]) -> bool:
-    """Whether `new` takes longer text than `old`. A length of None is no limit."""
-    # Types other than text have no length, and are left alone.
-    if not hasattr(new, "length") or not hasattr(old, "length"):
+def is_too_short(present: TypeEngine[Any], wanted: TypeEngine[Any]) -> bool:
+    """Whether a column of text is shorter than its model wants it. A length of None is no limit."""
+    if not isinstance(present, String) or present.length is None:
         return False
-    if old.length is None:
-        return False
-    return new.length is None or bool(new.length > old.length)
+    # SQLModel's AutoString has a length, too, and is no String. A type that is not text has none.
+    wanted_length = getattr(wanted, "length", 0)
+    return wanted_length is None or wanted_length > present.length
 
 
 # The embedded server: a PostgreSQL of this project's own, which lives as long as the app.
@@ -436,14 +447,16 @@ def is_longer(new: TypeEngine[Any], old: TypeEngine[Any]) -> bool:
 # postmaster.pid that a crash has left. And it lists its users by process number: those of killed
 # processes stay in the list.
 #
-# Two files in FOLDER are locks (flock). The system takes a lock back however its holder ends.
+# Two files in FOLDER are locks (flock). The system takes a lock back however its holder ends. A
+# child that inherits the file descriptor holds the lock, too.
 #
-# - `users`: each process of the app holds a shared lock on it until it ends. The keeper, a process
-#   beside the server, waits for the exclusive lock. When no process of the app is left, it gets the
-#   lock, stops the server, and ends. A process of the app that starts meanwhile waits until then.
-# - `server`: the process that starts the server takes the exclusive lock. initdb, the server and
-#   the keeper inherit it with its file descriptor. It is free when the last of them has ended. So
-#   whoever gets it knows that nobody else uses the data.
+# 1. Each process of the app takes a shared lock on `users`, and holds it until it ends.
+# 2. The first one gets the exclusive lock on `server`. It starts the keeper, which starts
+#    PostgreSQL. Both inherit that lock. So others do not get it, and know that PostgreSQL is there.
+# 3. The keeper waits for the exclusive lock on `users`. It gets it when no process of the app is
+#    left. Then it stops PostgreSQL and ends. A process of the app that starts now waits in step 1.
+# 4. With PostgreSQL and the keeper, the lock on `server` has ended. The next process gets it, and
+#    knows that nobody else uses the data.
 
 FOLDER = HERE / ".postgres"
 DATA = FOLDER / "data"
@@ -455,15 +468,16 @@ KEEPER = """
 import fcntl, json, os, pathlib, signal, subprocess, sys
 
 users, link, as_user, *server_command = sys.argv[1:]
-# The process that the app has started ends here. The keeper is its child, which nobody waits for.
+# The process that the app has started ends here, because the app waits for it. The keeper is its
+# child, for which nobody has to wait.
 if os.fork():
     os._exit(0)
-# Whoever says "killall python" means the app.
+# These are meant for the app: Ctrl-C, a closed terminal, "killall python".
 for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(each, signal.SIG_IGN)
-# close_fds=False: the server inherits the descriptor of the lock `server`, as this process did.
+# close_fds=False: the server inherits the lock on `server`, as this process has.
 server = subprocess.Popen(server_command, close_fds=False, **json.loads(as_user))
-# Opened for writing: NFS refuses an exclusive lock on a file that is opened for reading alone.
+# "r+": on NFS, an exclusive lock needs a file that is open for writing.
 users_file = open(users, "r+")
 fcntl.flock(users_file, fcntl.LOCK_EX)
 # For PostgreSQL, SIGINT is a fast shutdown.
@@ -493,24 +507,24 @@ def embedded_database() -> str:
 
 
 def join_users() -> None:
-    """Takes the shared lock on `users`. Waits while a keeper ends the server."""
+    """Takes the shared lock on `users`. Waits while a keeper stops PostgreSQL."""
     # Never closed: the lock ends with the process.
     descriptor = os.open(FOLDER / "users", os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 def link_to_data() -> Path:
-    """A short name for DATA, where the server's socket is: a socket's path has some 100 bytes.
+    """A short path to DATA, where the server's socket is. A socket's path may have some 100 bytes.
 
-    The name is made of FOLDER's device and inode, which no copy of the project shares.
+    Its name is made of FOLDER's device and inode, because a copy of the project needs another one.
     """
     stat = FOLDER.stat()
     link = Path(f"/tmp/tasks-{stat.st_dev:x}-{stat.st_ino:x}")
     new = link.with_name(f"{link.name}-{os.urandom(4).hex()}")
     new.symlink_to(DATA)
     try:
-        # Replaces the link of an earlier start in one step. /tmp is sticky: nobody can replace
-        # another user's link there.
+        # In one step, because others may be using the link of an earlier start. It fails if that is
+        # another user's: /tmp is sticky.
         new.replace(link)
     finally:
         new.unlink(missing_ok=True)
@@ -530,7 +544,7 @@ def wait_for_server(link: Path) -> str:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.05)
-        # Another process's server may have ended just now.
+        # The server of another process may have ended just now.
         start_server(link)
 
 
@@ -541,9 +555,9 @@ def start_server(link: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        # How initdb and the keeper are run. They inherit the lock's descriptor, and so hold the
-        # lock when this process has closed the file. A session of their own is out of reach of
-        # Ctrl-C and of a closing terminal.
+        # How initdb and the keeper are run. They inherit the lock, and still hold it when this
+        # process has closed the file. Ctrl-C and a closing terminal do not reach a session of their
+        # own.
         detached: dict[str, Any] = {
             "pass_fds": [lock.fileno()],
             "start_new_session": True,
@@ -558,8 +572,8 @@ def start_server(link: Path) -> None:
             open_a_way(as_user["group"], programs)
         if not DATA.exists():
             make_data(programs, as_user, detached)
-        # A killed server leaves these, with its process number, and PostgreSQL would not start
-        # while any process has that number. This process has the lock: no server is running.
+        # A killed server leaves these files. PostgreSQL does not start while any process has the
+        # number in them. By the lock, this process knows that no server is running.
         for stale in ("postmaster.pid", ".s.PGSQL.5432.lock"):
             (DATA / stale).unlink(missing_ok=True)
         start_keeper(programs, link, as_user, detached)
@@ -568,23 +582,24 @@ def start_server(link: Path) -> None:
 def start_keeper(
     programs: Path, link: Path, as_user: dict[str, Any], detached: dict[str, Any]
 ) -> None:
-    # The server listens on no address, but on a socket in its own folder (-k).
+    # The server listens only on a socket in its own folder (-k).
     server = [str(programs / "postgres"), "-D", ".", "-k", ".", "-p", "5432"]
     server += ["-c", "listen_addresses="]
     # Isolated (-I) and without site-packages (-S), so that it starts fast.
     keeper = [sys.executable, "-I", "-S", "-c", KEEPER]
+    # In the order in which the program takes them from sys.argv.
     arguments = [str(FOLDER / "users"), str(link), json.dumps(as_user)]
     subprocess.run([*keeper, *arguments, *server], cwd=DATA, check=True, **detached)
 
 
 def make_data(programs: Path, as_user: dict[str, Any], detached: dict[str, Any]) -> None:
-    """An empty database, whole or not there: a kill in the middle leaves only `new`."""
+    """Makes DATA, an empty database, in one step at the end: a kill before leaves only `new`."""
     new = FOLDER / "new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     if as_user:
         os.chown(new, as_user["user"], as_user["group"])
-    # "trust" asks no password: nobody else can pass FOLDER.
+    # "trust" asks for no password: nobody else can pass FOLDER.
     initdb = [str(programs / "initdb"), "-D", ".", "-U", "postgres", "-A", "trust"]
     initdb += ["-E", "UTF8", "--no-locale"]
     subprocess.run(initdb, cwd=new, check=True, **as_user, **detached)
@@ -605,7 +620,7 @@ def open_a_way(group: int, programs: Path) -> None:
     """As root: lets the server's user pass to its data and its programs.
 
     FOLDER opens to its group. The folders above open to everybody, for passing, not for reading.
-    Folders that are open already stay as they are: they may be on a read-only file system.
+    One that is open already stays as it is: it may be on a read-only file system.
     """
     os.chown(FOLDER, -1, group)
     FOLDER.chmod(0o710)
