@@ -329,13 +329,13 @@ async def method_not_allowed(request: Request, error: HTTPException) -> JSONResp
         match, _ = route.matches(request.scope)
         # FULL: the path and the method fit, so this route has run, and has raised the error.
         if match == Match.FULL:
-            return error_response(405, error.detail, error.headers)
+            return await http_error(request, error)
         # PARTIAL: only the path fits.
         if match == Match.PARTIAL:
             methods |= route.methods or set()
     # Nothing fits when a mounted app has raised the error, because its mount has changed the scope.
     if not methods:
-        return error_response(405, error.detail, error.headers)
+        return await http_error(request, error)
     return error_response(405, error.detail, {"Allow": ", ".join(sorted(methods))})
 
 
